@@ -1,0 +1,91 @@
+"""What one attention call reads and computes, as plain tensors: made once, run over many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["AttentionPlan"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """A checked batch: which query rows, which pages, which mask. Built by `pagedkv.plan_attention`; not changed after.
+
+    Shapes: query_indptr [S + 1] int32; page_indptr [S + 1] int32; page_indices [>= page_indptr[-1]] int32;
+            seq_lens [S] int32, keys of each sequence, the new ones included;
+            custom_mask [sum q_len * kv_len] bool, row-major a sequence, True = keep; mask_indptr [S + 1] int64.
+    window_left: -1 for none, else a row at position p sees keys from p - window_left on.
+    max_page: largest page id named, -1 for none.
+    """
+
+    query_indptr: torch.Tensor
+    page_indptr: torch.Tensor
+    page_indices: torch.Tensor
+    seq_lens: torch.Tensor
+    page_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    causal: bool
+    window_left: int
+    num_tokens: int
+    max_page: int
+    custom_mask: torch.Tensor | None = None
+    mask_indptr: torch.Tensor | None = None
+
+    @property
+    def num_seqs(self) -> int:
+        """S, the sequences of the batch."""
+        return int(self.seq_lens.shape[0])
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    def pack(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+        """The plan as the arguments of a torch op; `unpack` is the inverse."""
+        masks = [] if self.custom_mask is None or self.mask_indptr is None else [self.custom_mask, self.mask_indptr]
+        tensors = [self.query_indptr, self.page_indptr, self.page_indices, self.seq_lens]
+        numbers = [
+            self.page_size,
+            self.num_q_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.value_dim,
+            int(self.causal),
+            self.window_left,
+            self.num_tokens,
+            self.max_page,
+        ]
+        return tensors, masks, numbers
+
+    @classmethod
+    def unpack(
+        cls, tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], numbers: Sequence[int]
+    ) -> AttentionPlan:
+        """Rebuilds a plan from what `pack` gave."""
+        page_size, num_q_heads, num_kv_heads, head_dim, value_dim, causal, window_left, num_tokens, max_page = numbers
+        query_indptr, page_indptr, page_indices, seq_lens = tensors
+        custom_mask, mask_indptr = masks if masks else (None, None)
+        return cls(
+            query_indptr=query_indptr,
+            page_indptr=page_indptr,
+            page_indices=page_indices,
+            seq_lens=seq_lens,
+            page_size=page_size,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            causal=bool(causal),
+            window_left=window_left,
+            num_tokens=num_tokens,
+            max_page=max_page,
+            custom_mask=custom_mask,
+            mask_indptr=mask_indptr,
+        )

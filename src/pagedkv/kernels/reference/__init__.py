@@ -1,0 +1,27 @@
+"""Every op in plain torch, on any device: the specification, and what runs where nothing faster can."""
+
+from __future__ import annotations
+
+from ..backend import register_backend
+from .copy_pages import copy_pages
+from .gather_kv import gather_kv
+from .merge_states import merge_states
+from .paged_attention import paged_attention
+from .store_kv import store_kv
+
+__all__ = ["copy_pages", "gather_kv", "merge_states", "paged_attention", "register", "store_kv"]
+
+
+def register() -> None:
+    """Adds the back end "reference", tried last."""
+    register_backend(
+        "reference",
+        ops={
+            "store_kv": store_kv,
+            "gather_kv": gather_kv,
+            "copy_pages": copy_pages,
+            "paged_attention": paged_attention,
+            "merge_states": merge_states,
+        },
+        priority=-100,
+    )

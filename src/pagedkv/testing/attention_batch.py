@@ -1,0 +1,101 @@
+"""A batch for attention: random tokens on shuffled pages, and NaN wherever no sequence has a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ..attention.plan import plan_attention
+from ..kernels.attention_plan import AttentionPlan
+from ..kernels.merge_states import AttentionState
+from ..kernels.paged_attention import paged_attention
+from ..storage.page_table import PageTable
+from .page_views import kv_page_views
+from .poison import poison_unused
+
+__all__ = ["AttentionBatch", "attention_batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBatch:
+    """Arguments of one `paged_attention` call."""
+
+    query: torch.Tensor
+    key_pages: torch.Tensor
+    value_pages: torch.Tensor
+    table: PageTable
+    plan: AttentionPlan
+    layout: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, **options: Any) -> AttentionState:
+        """Output and log-sum-exp of this batch."""
+        state = paged_attention(
+            self.query,
+            self.key_pages,
+            self.value_pages,
+            self.plan,
+            layout=self.layout,
+            return_lse=True,
+            **self.options,
+            **options,
+        )
+        assert isinstance(state, AttentionState)
+        return state
+
+
+def attention_batch(
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+    layout: str = "NHD",
+    form: str = "separate",
+    causal: bool = True,
+    window_left: int = -1,
+    custom_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> AttentionBatch:
+    """Builds a batch from the new and the total tokens of each sequence; `form` as in `kv_page_views`."""
+    value_dim = head_dim if value_dim is None else value_dim
+    counts = [-(-kv_len // page_size) for kv_len in kv_lens]
+    num_pages = sum(counts) + 2
+    ids = iter(torch.randperm(num_pages).tolist())
+    table = PageTable.from_rows([[next(ids) for _ in range(count)] for count in counts], kv_lens, page_size)
+    key_pages, value_pages = kv_page_views(
+        form,
+        layout,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+    )
+    for pages in (key_pages, value_pages):
+        pages.copy_(torch.randn(pages.shape))
+        poison_unused(pages, table, layout=layout)
+    num_q_heads = num_kv_heads * group
+    plan = plan_attention(
+        torch.tensor([0, *accumulate(q_lens)], dtype=torch.int32),
+        table,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        causal=causal,
+        window_left=window_left,
+        custom_mask=custom_mask,
+    )
+    query = torch.randn(sum(q_lens), num_q_heads, head_dim).to(query_dtype or dtype)
+    return AttentionBatch(query, key_pages, value_pages, table, plan, layout, options)

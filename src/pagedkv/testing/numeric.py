@@ -1,0 +1,122 @@
+"""What attention and merging should give, in float64, and how far a result may be off: derived, not chosen.
+
+The rule: the largest error against float64 is at most twice the largest error of the same formula in plain torch with
+float32 arithmetic on the same inputs, plus one rounding to the dtype of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..kernels.attention_plan import AttentionPlan
+from ..kernels.merge_states import AttentionState
+
+__all__ = ["assert_attention_close", "assert_close_to_oracle", "attention_oracle", "merge_oracle"]
+
+
+def attention_oracle(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    layout: str = "NHD",
+    sm_scale: float | None = None,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    arithmetic: torch.dtype = torch.float64,
+) -> AttentionState:
+    """Attention of one sequence and one head at a time, from the definition; shares no code with any back end.
+
+    Shapes: as `pagedkv.paged_attention`; the result is in `arithmetic`.
+    """
+    if layout == "HND":
+        key_pages, value_pages = key_pages.transpose(1, 2), value_pages.transpose(1, 2)
+    out = torch.zeros(plan.num_tokens, plan.num_q_heads, plan.value_dim, dtype=arithmetic)
+    lse = torch.full((plan.num_tokens, plan.num_q_heads), -math.inf, dtype=arithmetic)
+    scale = 1 / math.sqrt(plan.head_dim) if sm_scale is None else sm_scale
+    for sequence in range(plan.num_seqs):
+        start, stop = plan.query_indptr[sequence : sequence + 2].tolist()
+        pages, offsets = _slots(plan, sequence)
+        positions = torch.arange(len(pages) - (stop - start), len(pages))[:, None]
+        keys = torch.arange(len(pages))
+        seen = _seen(plan, sequence, positions, keys)
+        for head in range(plan.num_q_heads):
+            at = pages, offsets, head // plan.group
+            logits = (query[start:stop, head].to(arithmetic) @ key_pages[at].to(arithmetic).T) * scale
+            if soft_cap:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            if alibi_slopes is not None:
+                logits = logits + alibi_slopes[head].to(arithmetic) * (keys - positions)
+            logits = logits.masked_fill(~seen, -math.inf)
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[head].to(arithmetic).expand(stop - start, 1)], 1)
+            row_lse = torch.logsumexp(logits, 1)
+            weights = torch.exp(logits - row_lse.masked_fill(row_lse == -math.inf, 0.0)[:, None])[:, : len(pages)]
+            lse[start:stop, head] = row_lse
+            out[start:stop, head] = weights @ value_pages[at].to(arithmetic)
+    return AttentionState(out, lse)
+
+
+def merge_oracle(values: torch.Tensor, lse: torch.Tensor, arithmetic: torch.dtype = torch.float64) -> AttentionState:
+    """The merge of states [T, K, Hq, Dv] in one step, as a softmax over K."""
+    seen = lse > -math.inf
+    merged = torch.logsumexp(lse.to(arithmetic), 1)
+    weights = torch.exp(lse.to(arithmetic) - merged.masked_fill(merged == -math.inf, 0.0)[:, None])
+    values = torch.where(seen[..., None], values.to(arithmetic), 0.0)
+    return AttentionState((values * weights[..., None]).sum(1), merged)
+
+
+def assert_attention_close(
+    actual: AttentionState,
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    plan: AttentionPlan,
+    **options: Any,
+) -> None:
+    """Asserts out and lse of a `paged_attention(..., return_lse=True)` with these arguments by the rule above."""
+    exact = attention_oracle(query, key_pages, value_pages, plan, **options)
+    plain = attention_oracle(query, key_pages, value_pages, plan, **options, arithmetic=torch.float32)
+    assert_close_to_oracle("out", actual.out, exact.out, plain.out)
+    assert_close_to_oracle("lse", actual.lse, exact.lse, plain.lse)
+
+
+def assert_close_to_oracle(name: str, actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """Asserts the rule of this file; entries that are -inf or exactly 0 in `exact` must be just that."""
+    assert actual.shape == exact.shape, f"{name} must have shape {list(exact.shape)}, got {list(actual.shape)}."
+    fixed = exact.isinf() | (exact == 0)
+    assert torch.equal(actual[fixed].double(), exact[fixed]), (
+        f"{name} must be exactly {exact[fixed]}, got {actual[fixed]}."
+    )
+    exact, plain, actual = exact[~fixed], plain[~fixed].double(), actual[~fixed]
+    if not exact.numel():
+        return
+    rounding = torch.finfo(actual.dtype).eps * float(exact.abs().max())
+    allowed = 2 * float((plain - exact).abs().max()) + rounding
+    error = float((actual.double() - exact).abs().nan_to_num(nan=math.inf).max())
+    assert error <= allowed, f"{name} must be within {allowed:.3g} of float64, got an error of {error:.3g}."
+
+
+def _slots(plan: AttentionPlan, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page and offset of each token of a sequence."""
+    tokens = torch.arange(int(plan.seq_lens[sequence]))
+    first = int(plan.page_indptr[sequence])
+    return plan.page_indices[first + tokens // plan.page_size].long(), tokens % plan.page_size
+
+
+def _seen(plan: AttentionPlan, sequence: int, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[q_len, kv_len] bool: which keys each row sees."""
+    seen = torch.ones(len(positions), len(keys), dtype=torch.bool)
+    if plan.causal:
+        seen &= keys <= positions
+    if plan.window_left >= 0:
+        seen &= keys >= positions - plan.window_left
+    if plan.custom_mask is not None and plan.mask_indptr is not None:
+        start = int(plan.mask_indptr[sequence])
+        seen &= plan.custom_mask[start : start + seen.numel()].view_as(seen)
+    return seen

@@ -1,0 +1,69 @@
+"""Poison for memory that nobody may read: NaN in what was never written and in slots that no sequence owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..storage.page_table import PageTable
+from ..storage.pool import KVPool
+
+__all__ = ["owned_slots", "poison_unused", "poisoned_memory"]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within it, torch.empty and its kin give NaN (integers: the largest value) instead of whatever was there.
+
+    Limits: by torch's deterministic mode, which is set for the time and restored after; numpy is not covered.
+
+    >>> with poisoned_memory():
+    ...     torch.empty(2)
+    tensor([nan, nan])
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic  # a module whose attributes are properties, unknown to type checkers
+    fill = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    switches.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        switches.fill_uninitialized_memory = fill
+
+
+def poison_unused(pages: KVPool | torch.Tensor, table: PageTable, *, layout: str = "NHD") -> None:
+    """Fills every slot that no sequence of `table` owns with NaN, the tails of last pages included.
+
+    Shapes: pages [N, P, Hk, D] (layout "HND": [N, Hk, P, D]) of any strides, or a pool: all its layers, in its layout.
+    Raises: ValueError for a table of another page size, or one that names a page beyond the pages.
+    """
+    if isinstance(pages, KVPool):
+        for layer in range(pages.spec.num_layers):
+            for view in (pages.key_pages(layer), pages.value_pages(layer)):
+                poison_unused(view, table, layout=pages.spec.layout)
+        return
+    in_slot_order = pages.transpose(1, 2) if layout == "HND" else pages
+    num_pages, page_size = in_slot_order.shape[:2]
+    if page_size != table.page_size:
+        raise ValueError(f"pages must have the page size of the table, {table.page_size}, got {page_size}.")
+    unused = ~owned_slots(table, num_pages)
+    in_slot_order[unused.to(pages.device)] = torch.nan
+
+
+def owned_slots(table: PageTable, num_pages: int) -> torch.Tensor:
+    """[N, P] bool: the slots that hold a token of some sequence of `table`."""
+    if table.max_page >= num_pages:
+        raise ValueError(f"table must name pages below {num_pages} (N), got {table.max_page}.")
+    owned = torch.zeros(num_pages, table.page_size, dtype=torch.bool)
+    indices, starts = table.indices.tolist(), table.indptr.tolist()
+    for sequence, seq_len in enumerate(table.seq_lens.tolist()):
+        for position in range(0, seq_len, table.page_size):
+            page = indices[starts[sequence] + position // table.page_size]
+            owned[page, : seq_len - position] = True
+    return owned

@@ -1,0 +1,63 @@
+"""What every test gets: poisoned memory, a seed of its own, and the thread count restored."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pagedkv
+from pagedkv.testing.poison import poisoned_memory
+
+# PAGEDKV_NATIVE=0 runs the suite on the reference; otherwise a missing native core fails the tests that ask for it.
+BACKENDS = ("reference",) if os.environ.get("PAGEDKV_NATIVE") == "0" else ("reference", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """Each back end that this machine must run."""
+    return str(request.param)
+
+
+@pytest.fixture
+def smallest_calls() -> dict[str, Callable[..., Any]]:
+    """Each op of the table by name, as a function that calls it on a few numbers; keywords are passed on."""
+    pages = torch.zeros(2, 2, 4, 1, 8)
+    tokens = torch.zeros(2, 1, 1, 8)
+    table = pagedkv.PageTable.from_rows([[1]], seq_lens=[3], page_size=4)
+    one_query = torch.tensor([0, 1], dtype=torch.int32)
+    plan = pagedkv.plan_attention(one_query, table, num_q_heads=1, num_kv_heads=1, head_dim=8)
+    return {
+        "store_kv": lambda **options: pagedkv.store_kv(*tokens, *pages, torch.tensor([3]), **options),
+        "gather_kv": lambda **options: pagedkv.gather_kv(*pages, torch.tensor([3]), **options),
+        "copy_pages": lambda **options: pagedkv.copy_pages(*pages, torch.tensor([0]), torch.tensor([1]), **options),
+        "paged_attention": lambda **options: pagedkv.paged_attention(tokens[0], *pages, plan, **options),
+        "merge_states": lambda **options: pagedkv.merge_states(tokens, torch.zeros(2, 1, 1), **options),
+    }
