@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from pagedkv import PageTable
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_from_rows_builds_csr_and_drops_spare_pages():
+    table = PageTable.from_rows([[3, 7, 9], [5], [], [1, 2]], seq_lens=[20, 4, 0, 32], page_size=16)
+    assert table.indptr.tolist() == [0, 2, 3, 3, 5]
+    assert table.indices.tolist() == [3, 7, 5, 1, 2]
+    assert table.last_page_len.tolist() == [4, 4, 0, 16]
+    assert table.seq_lens.tolist() == [20, 4, 0, 32]
+    assert table.seq_lens.dtype == torch.int32
+    assert (table.num_seqs, table.max_page) == (4, 7)
+
+
+def test_dense_form_and_back():
+    table = PageTable.from_rows([[3, 7], [5], []], seq_lens=[17, 16, 0], page_size=16)
+    dense = table.to_dense()
+    assert dense.tolist() == [[3, 7], [5, -1], [-1, -1]]
+    again = PageTable.from_dense(dense, table.seq_lens, page_size=16)
+    for name in ("indptr", "indices", "last_page_len"):
+        assert torch.equal(getattr(again, name), getattr(table, name))
+
+
+def test_empty_batch():
+    table = PageTable.from_rows([], seq_lens=[], page_size=4)
+    assert (table.num_seqs, table.max_page, table.to_dense().shape) == (0, -1, (0, 0))
+    assert table.slot_mapping(int32(0)).tolist() == []
+
+
+def test_slot_mapping_names_the_last_tokens():
+    table = PageTable.from_rows([[3, 7], [5], []], seq_lens=[20, 4, 0], page_size=16)
+    slots = table.slot_mapping(int32(0, 6, 7, 7))
+    assert slots.tolist() == [62, 63, 112, 113, 114, 115, 83]
+    assert slots.dtype == torch.int64
+
+
+def test_slot_mapping_is_computed_in_64_bits():
+    page = 2**31 - 1
+    table = PageTable.from_rows([[page]], seq_lens=[16], page_size=16)
+    assert table.slot_mapping(int32(0, 1)).tolist() == [page * 16 + 15]
+
+
+def test_spare_indices_are_ignored_even_when_negative():
+    table = PageTable(int32(0, 1), int32(2, -1, -1), int32(3), page_size=4)
+    assert table.max_page == 2
+
+
+@pytest.mark.parametrize(
+    "indptr, indices, last, words",
+    [
+        ([1, 2], [0, 0], [1], "indptr must start with 0, got 1"),
+        ([0, 2, 1], [0, 0], [1, 1], "indptr must not decrease, got 2 then 1 at entry 2"),
+        ([0, 3], [0, 0], [1], r"indices must hold indptr\[-1\] = 3 entries, got 2"),
+        ([0, 1], [-1], [1], "indices must hold page ids of 0 or more, got -1 at entry 0"),
+        ([0, 1], [0], [0], r"last_page_len of sequence 0 must be in 1..4 \(page_size\), got 0"),
+        ([0, 1], [0], [5], r"last_page_len of sequence 0 must be in 1..4 \(page_size\), got 5"),
+        ([0, 1, 1], [0], [4, 1], r"last_page_len of sequence 1 must be 0 \(it has no pages\), got 1"),
+        ([0], [0], [1], r"indptr must have shape \[S \+ 1\] with S = 1 \(set by last_page_len\), got \[1\]"),
+    ],
+)
+def test_constructor_refuses(indptr, indices, last, words):
+    with pytest.raises(ValueError, match=words):
+        PageTable(int32(*indptr), int32(*indices), int32(*last), page_size=4)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_constructor_never_casts_an_index(position):
+    tensors = [int32(0, 1), int32(0), int32(1)]
+    tensors[position] = tensors[position].long()
+    with pytest.raises(TypeError, match=r"must have dtype int32, got int64\. Build it with PageTable.from_rows"):
+        PageTable(*tensors, page_size=4)
+
+
+def test_from_rows_refuses_rows_too_short_for_their_length():
+    with pytest.raises(ValueError, match=r"row 1 must have 2 pages for 5 tokens \(page_size 4\), got 1"):
+        PageTable.from_rows([[0], [1]], seq_lens=[4, 5], page_size=4)
+    with pytest.raises(ValueError, match="seq_lens must have one entry a row, got 1 for 2 rows"):
+        PageTable.from_rows([[0], [1]], seq_lens=[4], page_size=4)
+    with pytest.raises(ValueError, match="seq_lens must be 0 or more, got -1 for row 0"):
+        PageTable.from_rows([[0]], seq_lens=[-1], page_size=4)
+
+
+def test_from_dense_refuses_too_few_columns_and_unused_entries_in_use():
+    with pytest.raises(ValueError, match="dense must have 2 columns for the 5 tokens of row 0, got 1"):
+        PageTable.from_dense(torch.zeros(1, 1, dtype=torch.int32), int32(5), page_size=4)
+    with pytest.raises(ValueError, match="page ids of 0 or more, got -1"):
+        PageTable.from_dense(int32(-1)[None], int32(1), page_size=4)
+    with pytest.raises(TypeError, match="dense must have dtype int32, got int64"):
+        PageTable.from_dense(torch.zeros(1, 1, dtype=torch.int64), int32(1), page_size=4)
+
+
+def test_slot_mapping_refuses_more_new_tokens_than_there_are():
+    table = PageTable.from_rows([[3], [5]], seq_lens=[4, 2], page_size=4)
+    with pytest.raises(ValueError, match=r"sequence 1 between 0 and 2 \(its length\) new tokens, got 3"):
+        table.slot_mapping(int32(0, 4, 7))
+    with pytest.raises(ValueError, match=r"query_indptr must have shape \[S \+ 1\] with S = 2"):
+        table.slot_mapping(int32(0, 4))
+    with pytest.raises(TypeError, match="query_indptr must have dtype int32, got int64"):
+        table.slot_mapping(torch.tensor([0, 1, 2]))

@@ -1,0 +1,96 @@
+import itertools
+
+import pytest
+import torch
+
+from pagedkv import KVCacheSpec, KVPool
+
+ORDERS_AND_LAYOUTS = list(itertools.product(("layer_first", "page_first"), ("NHD", "HND")))
+
+
+def make_pool(order="layer_first", layout="NHD", num_pages=5, **fields):
+    fields = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 8, "page_size": 4, "dtype": torch.float32, **fields}
+    return KVPool(KVCacheSpec(**fields, order=order, layout=layout), num_pages)
+
+
+def test_layer_first_is_one_tensor_of_the_documented_shape():
+    pool = make_pool()
+    whole = pool.buffer.view(2, 3, 5, 4, 2, 8)
+    whole.copy_(torch.arange(whole.numel()).view_as(whole))
+    for layer in range(3):
+        assert torch.equal(pool.key_pages(layer), whole[0, layer])
+        assert torch.equal(pool.value_pages(layer), whole[1, layer])
+
+
+def test_page_first_keeps_one_page_of_all_layers_together():
+    pool = make_pool("page_first", "HND")
+    whole = pool.buffer.view(5, 3, 2, 2, 4, 8)
+    whole.copy_(torch.arange(whole.numel()).view_as(whole))
+    for layer in range(3):
+        assert torch.equal(pool.key_pages(layer), whole[:, layer, 0])
+        assert torch.equal(pool.value_pages(layer), whole[:, layer, 1])
+
+
+@pytest.mark.parametrize("order, layout", ORDERS_AND_LAYOUTS)
+@pytest.mark.parametrize("fields", [{}, {"value_dim": 4}, {"num_kv_heads": (1, 0, 3), "head_dim": (8, 8, 2)}])
+def test_views_tile_the_buffer(order, layout, fields):
+    pool = make_pool(order, layout, **fields)
+    pool.buffer.zero_()
+    for layer in range(3):
+        for pages in (pool.key_pages(layer), pool.value_pages(layer)):
+            assert pages.untyped_storage().data_ptr() == pool.buffer.untyped_storage().data_ptr()
+            pages.add_(1)
+    assert torch.equal(pool.buffer, torch.ones_like(pool.buffer))
+    assert pool.num_bytes == pool.spec.bytes_per_page * pool.num_pages
+
+
+@pytest.mark.parametrize("order, layout", ORDERS_AND_LAYOUTS)
+@pytest.mark.parametrize("fields", [{}, {"value_dim": 4}, {"num_kv_heads": (1, 2, 3)}])
+def test_store_gather_copy_are_bitwise_in_every_order(order, layout, fields):
+    pool = make_pool(order, layout, **fields)
+    pool.buffer.zero_()
+    slots = torch.tensor([17, 2, 3, 16])
+    written = []
+    for layer, geometry in enumerate(pool.spec.layers):
+        key = torch.randn(4, geometry.num_kv_heads, geometry.head_dim)
+        value = torch.randn(4, geometry.num_kv_heads, geometry.value_dim)
+        pool.store(layer, key, value, slots)
+        written.append((key, value))
+    pool.copy_pages(torch.tensor([4, 0]), torch.tensor([2, 1]))
+    moved = torch.tensor([9, 6, 7, 8])
+    for layer, (key, value) in enumerate(written):
+        for where in (slots, moved):
+            got_key, got_value = pool.gather(layer, where)
+            assert torch.equal(got_key, key)
+            assert torch.equal(got_value, value)
+
+
+def test_pool_made_in_inference_mode_can_be_written_outside():
+    with torch.inference_mode():
+        pool = make_pool()
+    pool.store(0, torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([0]))
+    assert not pool.buffer.is_inference()
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_layers_out_of_range_are_refused(layer):
+    with pytest.raises(ValueError, match=rf"layer must be in 0..2, got {layer}"):
+        make_pool().key_pages(layer)
+
+
+def test_pool_refuses_what_is_no_spec_or_no_page_count():
+    with pytest.raises(TypeError, match="spec must be a KVCacheSpec, got dict"):
+        KVPool({}, 4)
+    with pytest.raises(ValueError, match="num_pages must be at least 1, got 0"):
+        make_pool(num_pages=0)
+    with pytest.raises(TypeError, match="layer must be an int, got str"):
+        make_pool().key_pages("0")
+
+
+def test_copy_pages_refuses_before_any_layer_is_written():
+    pool = make_pool(num_kv_heads=(1, 2, 3))
+    pool.buffer.copy_(torch.randn_like(pool.buffer))
+    before = pool.buffer.clone()
+    with pytest.raises(ValueError, match=r"dst must be in \[0, 5\)"):
+        pool.copy_pages(torch.tensor([0, 1]), torch.tensor([2, 5]))
+    assert torch.equal(pool.buffer, before)
