@@ -1,0 +1,22 @@
+"""Hugging Face models on a paged cache: packed steps for engines, and a drop-in cache for `model.generate`."""
+
+from __future__ import annotations
+
+from .attention import ATTENTION_NAME, paged_attention_implementation
+from .cache import PagedCache
+from .errors import UnsupportedModelError
+from .geometry import LayerInfo, ModelGeometry, check_model
+from .model import PagedModel
+from .step import PagedStep
+
+__all__ = [
+    "ATTENTION_NAME",
+    "LayerInfo",
+    "ModelGeometry",
+    "PagedCache",
+    "PagedModel",
+    "PagedStep",
+    "UnsupportedModelError",
+    "check_model",
+    "paged_attention_implementation",
+]

@@ -1,0 +1,165 @@
+"""What one packed forward pass carries: whose tokens they are, where they go, and the plans that read them back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...attention.plan import plan_attention
+from ...kernels.attention_plan import AttentionPlan
+from ...kernels.paged_attention import paged_attention
+from ...shapes import check_dtype
+from ...storage.page_table import PageTable
+from ...storage.pool import KVPool
+from .attention import AttentionCall
+from .geometry import ModelGeometry
+
+__all__ = ["PagedStep"]
+
+_PlanKey = tuple[int, int, int, int, int]
+
+
+class PagedStep:
+    """One forward pass over the new tokens of S sequences, packed as [1, T]; serves as cache and as attention context.
+
+    Shapes: query_indptr [S + 1] int32, new tokens of each sequence; table: pages of all their tokens, the new ones
+            included; slot_mapping [T] int64, by default the slots of each sequence's last tokens.
+    When:   after the slots are reserved. One step serves one forward pass; what it planned is shared by all its layers.
+    Owns:   writes the named slots of `pool` while the model runs, layer by layer, and nothing else.
+    Raises: ValueError, TypeError for tensors that do not fit each other, and for a table that names pages the pool has
+            not, before anything is written.
+    """
+
+    # What transformers asks of a cache besides update().
+    is_compileable = False
+    is_sliding = is_linear = is_dummy = ()
+
+    def __init__(
+        self,
+        pool: KVPool,
+        geometry: ModelGeometry,
+        table: PageTable,
+        query_indptr: torch.Tensor,
+        slot_mapping: torch.Tensor | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        if table.page_size != pool.page_size:
+            raise ValueError(f"table must have page_size {pool.page_size} (set by the pool), got {table.page_size}.")
+        if table.max_page >= pool.num_pages:
+            raise ValueError(f"page ids of the table must be below {pool.num_pages} (the pool), got {table.max_page}.")
+        if slot_mapping is None:
+            slot_mapping = table.slot_mapping(query_indptr)
+        check_dtype("slot_mapping", slot_mapping, torch.int64)
+        self.pool = pool
+        self.geometry = geometry
+        self.table = table
+        self.query_indptr = query_indptr
+        self.slot_mapping = slot_mapping
+        self.position_ids = _positions(table, query_indptr)
+        if slot_mapping.shape != self.position_ids.shape:
+            raise ValueError(
+                f"slot_mapping must have shape [T] with T = {self.position_ids.shape[0]} (set by query_indptr), "
+                f"got {list(slot_mapping.shape)}."
+            )
+        self._backend = backend
+        self._plans: dict[_PlanKey, AttentionPlan] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the new tokens of all sequences."""
+        return int(self.slot_mapping.shape[0])
+
+    @property
+    def num_plans(self) -> int:
+        """How many plans the layers have needed so far: one for each window and shape of heads."""
+        return len(self._plans)
+
+    def last_rows(self) -> torch.Tensor:
+        """The packed row of each sequence's last new token, [S] int64; every sequence has one."""
+        return self.query_indptr[1:].to(torch.int64) - 1
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores one layer's new keys [1, Hk, T, D] and values, rounded to the pool's dtype, and gives them back."""
+        dtype = self.pool.spec.dtype
+        self.pool.store(layer_idx, _packed(key).to(dtype), _packed(value).to(dtype), self.slot_mapping)
+        return key, value
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """One layer's attention over its pages, [1, T, Hq, Dv]."""
+        layer = self.geometry.layers.get(call.layer_idx)
+        if layer is None:
+            raise ValueError(f"layer {call.layer_idx} must be one of the model that was checked, got another.")
+        arguments = call.arguments
+        window = layer.window if arguments.window is None else arguments.window
+        key_pages, value_pages = self.pool.key_pages(layer.stored_in), self.pool.value_pages(layer.stored_in)
+        plan = self._plan(call.query.shape[1], layer.num_kv_heads, layer.head_dim, layer.value_dim, window)
+        out = paged_attention(
+            _packed(call.query),
+            key_pages,
+            value_pages,
+            plan,
+            layout=self.pool.spec.layout,
+            sm_scale=arguments.sm_scale,
+            soft_cap=arguments.soft_cap,
+            sinks=arguments.sinks,
+            backend=self._backend,
+        )
+        assert isinstance(out, torch.Tensor)  # no LSE was asked for
+        return out[None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: the step names all positions itself, so nothing is to be added to them."""
+        return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys a mask would cover; none is built in a paged call."""
+        return query_length, 0
+
+    def _plan(
+        self, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, window: int | None
+    ) -> AttentionPlan:
+        window_left = -1 if window is None else window - 1
+        key = num_q_heads, num_kv_heads, head_dim, value_dim, window_left
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = plan_attention(
+                self.query_indptr,
+                self.table,
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                value_dim=value_dim,
+                window_left=window_left,
+            )
+        return plan
+
+
+def _packed(states: torch.Tensor) -> torch.Tensor:
+    """[1, H, T, D] as transformers has it -> [T, H, D], a view."""
+    if states.shape[0] != 1:
+        raise ValueError(f"a paged call must be packed into one row, got a batch of {states.shape[0]}.")
+    packed = states[0].transpose(0, 1)
+    return packed if packed.stride(-1) == 1 else packed.contiguous()
+
+
+def _positions(table: PageTable, query_indptr: torch.Tensor) -> torch.Tensor:
+    """[T] int64: row i of a sequence stands at kv_len - q_len + i."""
+    check_dtype("query_indptr", query_indptr, torch.int32)
+    if query_indptr.dim() != 1 or query_indptr.shape[0] != table.num_seqs + 1:
+        raise ValueError(
+            f"query_indptr must have shape [S + 1] with S = {table.num_seqs} (set by the table), "
+            f"got {list(query_indptr.shape)}."
+        )
+    starts = query_indptr[:-1].to(torch.int64)
+    query_lens = query_indptr[1:].to(torch.int64) - starts
+    if bool((query_lens < 0).any()) or bool((query_lens > table.seq_lens).any()):
+        raise ValueError("query_indptr must give each sequence between 0 and its length of new tokens.")
+    first = table.seq_lens.to(torch.int64) - query_lens - starts
+    rows = torch.repeat_interleave(first, query_lens)
+    return rows + torch.arange(rows.shape[0], device=rows.device)
