@@ -1,0 +1,1 @@
+"""Measurements of pagedkv beside its peers and the ceilings of the machine: `python -m benchmarks --help`."""

@@ -1,0 +1,18 @@
+"""The registry: one file an op, each with `cases(options)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..case import CaseSpec, Options
+from . import attention_decode, attention_prefill, compare_key, copy_pages, gather_kv, merge_states, store_kv
+
+__all__ = ["all_cases"]
+
+_OPS = (attention_decode, attention_prefill, store_kv, gather_kv, copy_pages, merge_states, compare_key)
+
+
+def all_cases(options: Options) -> Iterator[CaseSpec]:
+    """Every case, op by op."""
+    for op in _OPS:
+        yield from op.cases(options)
