@@ -293,3 +293,36 @@ def test_the_core_shares_the_thread_pool_of_torch():
     attention_batch([12], [300]).run(backend="cpu")
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(mapped) == 1, mapped
+
+
+def test_a_gradient_is_refused_not_lost(any_backend):
+    key_pages, value_pages = torch.zeros(2, 2, 4, 1, 8)
+    table = pagedkv.PageTable.from_rows([[1]], seq_lens=[3], page_size=4)
+    plan = pagedkv.plan_attention(
+        torch.tensor([0, 1], dtype=torch.int32), table, num_q_heads=1, num_kv_heads=1, head_dim=8
+    )
+    query = torch.zeros(1, 1, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="query must not require a gradient, got requires_grad=True"):
+        pagedkv.paged_attention(query, key_pages, value_pages, plan, backend=any_backend)
+    with torch.no_grad():
+        assert not pagedkv.paged_attention(query, key_pages, value_pages, plan, backend=any_backend).requires_grad
+
+
+def test_strided_index_tensors_are_read_as_their_values(any_backend):
+    key_pages, value_pages = torch.randn(2, 4, 4, 2, 8)
+    query, heads = torch.randn(2, 4, 8), torch.randn(4, 2)
+
+    def spread(*values):
+        return torch.tensor(values, dtype=torch.int32).repeat_interleave(2)[::2]
+
+    results = []
+    for index in (spread, lambda *values: torch.tensor(values, dtype=torch.int32)):
+        table = pagedkv.PageTable(index(0, 2, 3), index(3, 1, 2), index(2, 4), page_size=4)
+        mask = torch.tensor([True, False, True, True, True, True, True, False, True, True]).repeat_interleave(2)[::2]
+        plan = pagedkv.plan_attention(
+            index(0, 1, 2), table, num_q_heads=4, num_kv_heads=2, head_dim=8, custom_mask=mask
+        )
+        results.append(
+            pagedkv.paged_attention(query, key_pages, value_pages, plan, sinks=heads[:, 0], backend=any_backend)
+        )
+    assert torch.equal(*results)

@@ -140,8 +140,8 @@ def forget_that_a_page_is_held(manager, seq):
         (forget_that_a_page_is_held, "the cache counts what its nodes hold: page 2"),
         (give_an_owner_too_many, "as many owners as live sequences name it.*page 1 has 2 owners, 1 sequences name it"),
         (forget_a_sequence, "every lock of the radix tree is held by a live sequence"),
-        (lock_too_little, "locks its pages that a live sequence names.*names page 0 at 0, which is not locked there"),
-        (change_the_locked_tokens, "locks its pages that a live sequence names.*locks other tokens than it committed"),
+        (lock_too_little, "locks the cached pages it names.*names page 0 at 0, which is not locked there"),
+        (change_the_locked_tokens, "locks the cached pages it names.*locks other tokens than it committed"),
     ],
     ids=lambda value: getattr(value, "__name__", "named"),
 )

@@ -138,8 +138,10 @@ def test_equal_tokens_of_two_open_sequences_stay_on_their_own_pages():
     second.append(3)
     second.commit([1] * 12)
     assert second.page_ids == (3, 4, 5)
-    assert manager.stats().published == 3
+    # A page behind duplicates waits for the close: the lock on it would pin the cache's own pages.
+    assert manager.stats().published == 2
     first.close()
+    assert manager.num_evictable_pages == 2
     assert second.page_ids == (3, 4, 5)
     second.close()
     assert manager.num_free_pages == 3

@@ -47,9 +47,11 @@ def plan_attention(
     if not isinstance(table, PageTable):
         raise TypeError(f"table must be a PageTable, got {type(table).__name__}. Build it with PageTable.from_rows.")
     num_tokens = _check_query_indptr(query_indptr, table)
+    query_indptr = query_indptr.contiguous()
     mask_indptr = None
     if custom_mask is not None:
         mask_indptr = _check_mask(custom_mask, query_indptr, table)
+        custom_mask = custom_mask.contiguous()
     return AttentionPlan(
         query_indptr=query_indptr,
         page_indptr=table.indptr,

@@ -116,7 +116,9 @@ class Scheduler:
                 free, evictable = self._manager.num_free_pages, self._manager.num_evictable_pages
                 needed = self._num_pages(request.num_computed + num_tokens) - self._num_pages(request.num_computed)
                 pinned = self._manager.num_pages - free - evictable
-                schedule.failed.append((request, OutOfPagesError(needed, free, evictable, pinned)))
+                schedule.failed.append(
+                    (request, OutOfPagesError(needed, free, evictable, pinned, self._manager.stats().num_sequences))
+                )
                 return False
             self._preempt(newest)
             schedule.preempted.append(newest)

@@ -12,7 +12,7 @@ from ..shapes import Shapes, check_device, check_dtype, check_floating, check_la
 from .attention_plan import AttentionPlan
 from .backend import OpCall, select
 from .merge_states import AttentionState
-from .pages import check_kv_pages, to_nhd
+from .pages import check_kv_pages, check_no_grad, to_nhd
 
 __all__ = ["AttentionOptions", "paged_attention"]
 
@@ -54,11 +54,12 @@ def paged_attention(
             A row that sees no key gives exactly 0 and -inf. Accumulation is float32.
     When:   after the keys and values of the new tokens are stored.
     Owns:   writes `out` alone, which must not overlap the inputs. Slots beyond a sequence's length are never used.
-    Raises: ValueError, TypeError for what breaks the lines above; BackendUnavailableError for an explicit back end that
-            cannot run it.
+    Raises: ValueError, TypeError for what breaks the lines above and for a tensor that requires a gradient while
+            gradients are recorded; BackendUnavailableError for an explicit back end that cannot run it.
     Source: PagedAttention (arXiv 2309.06180); online softmax (arXiv 1805.02867).
             Reference: kernels/reference/paged_attention.py.
     """
+    check_no_grad(query=query, key_pages=key_pages, value_pages=value_pages, sinks=sinks, alibi_slopes=alibi_slopes)
     if torch.compiler.is_compiling():
         return _traced(
             query,
@@ -147,6 +148,8 @@ def _checked_options(
         raise ValueError(f"sm_scale must be finite, got {sm_scale}.")
     if not (math.isfinite(soft_cap) and soft_cap >= 0):
         raise ValueError(f"soft_cap must be 0 (off) or positive and finite, got {soft_cap}.")
+    # Kernels read both as flat arrays.
+    sinks, alibi_slopes = (None if per_head is None else per_head.contiguous() for per_head in (sinks, alibi_slopes))
     return AttentionOptions(scale, float(soft_cap), sinks, alibi_slopes)
 
 

@@ -63,8 +63,8 @@ def check_writable(name: str, pages: torch.Tensor) -> None:
                 raise ValueError(f"{name} must not be expanded, got stride 0 in dim {dim} of {list(pages.shape)}.")
 
 
-def check_no_grad(**tensors: torch.Tensor) -> None:
-    """Refuses, while gradients are recorded, a tensor that needs one: pages keep values, its graph would be lost."""
+def check_no_grad(**tensors: torch.Tensor | None) -> None:
+    """Refuses, while gradients are recorded, a tensor that needs one: pages keep values, the graph would be lost."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():

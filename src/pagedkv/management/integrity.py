@@ -12,7 +12,7 @@ The sentences, in the order they are checked; an IntegrityError quotes the first
     every evictable node is in the eviction queue
     the cache counts what its nodes hold
     a page has as many owners as live sequences name it, plus one when the prefix cache holds it
-    the prefix cache locks its pages that a live sequence names, at their position and under their tokens
+    a live sequence locks the cached pages it names, where it names them and under its tokens, and no others
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ def _check_owner_counts(ledger: PageLedger, named: Counts, held: Counts) -> None
 
 
 def _check_coverage(ledger: PageLedger, held: Counts) -> None:
-    sentence = "the prefix cache locks its pages that a live sequence names, at their position and under their tokens"
+    sentence = (
+        "a live sequence locks the cached pages it names, where it names them and under its tokens, and no others"
+    )
     for seq in ledger.live.values():
         path: list[RadixNode] = []
         node = None if seq.lock_handle is None else seq.lock_handle.node
@@ -195,6 +197,8 @@ def _check_coverage(ledger: PageLedger, held: Counts) -> None:
         _require(tokens.size == length, sentence, f"{seq} locks {tokens.size} tokens under a handle of {length}")
         pages = np.array(seq.page_ids, np.int64)
         _require(locked.size <= pages.size, sentence, f"{seq} locks {locked.size} pages and names {pages.size}")
+        others = np.flatnonzero(locked != pages[: locked.size])
+        _require(not others.size, sentence, f"{seq} locks pages {locked[others].tolist()} that it does not name")
         for position in np.flatnonzero(held[pages] > 0):
             is_there = bool(position < locked.size) and bool(locked[position] == pages[position])
             _require(is_there, sentence, f"{seq} names page {pages[position]} at {position}, which is not locked there")

@@ -103,8 +103,13 @@ class RadixCache:
         num_tokens = pages.shape[0] * self.page_size
         return MatchResult(num_tokens, pages, CacheHandle(node, node.version, num_tokens))
 
-    def insert(self, token_ids: TokenIds, pages: PageIds, namespace: Namespace = None) -> InsertResult:
+    def insert(
+        self, token_ids: TokenIds, pages: PageIds, namespace: Namespace = None, *, only_new: bool = False
+    ) -> InsertResult:
         """Adds the prefix `token_ids`, whose keys and values are in `pages`; what is there already stays as it is.
+
+        only_new: adds nothing at all when the beginning is there already, so that the result never stands on pages of
+                others; `num_cached` tells.
 
         Shapes: token_ids [n]; pages [n // page_size]. The pages of the first `num_cached` tokens of the result are not
                 taken, they stay the caller's; the others are the cache's from now on.
@@ -114,12 +119,14 @@ class RadixCache:
         taken = self._checked_pages(ids, pages)
         key = _root_key(namespace)
         root = self._roots.get(key) or self._new_root(key)
-        result = self._insert_below(root, 0, ids, taken)
+        result = self._insert_below(root, 0, ids, taken, only_new)
         if root.children:
             self._roots[key] = root
         return result
 
-    def extend(self, handle: CacheHandle, token_ids: TokenIds, pages: PageIds) -> InsertResult:
+    def extend(
+        self, handle: CacheHandle, token_ids: TokenIds, pages: PageIds, *, only_new: bool = False
+    ) -> InsertResult:
         """The same as inserting what `handle` names followed by `token_ids`, from there on.
 
         Counts in `num_cached` are those of `token_ids`. A leaf that only `handle` locks grows in place: the handle's
@@ -130,7 +137,7 @@ class RadixCache:
         taken = self._checked_pages(ids, pages)
         if handle.num_tokens == 0:
             raise ValueError("handle must name a cached prefix to be extended, got an empty one. Insert instead.")
-        result = self._insert_below(handle.node, handle.num_tokens, ids, taken)
+        result = self._insert_below(handle.node, handle.num_tokens, ids, taken, only_new)
         above = handle.node.parent
         while above is not None:
             above.last_access = self._time
@@ -269,11 +276,13 @@ class RadixCache:
                 break
         return node, parts
 
-    def _insert_below(self, start: RadixNode, start_tokens: int, ids: TokenArray, pages: PageArray) -> InsertResult:
+    def _insert_below(
+        self, start: RadixNode, start_tokens: int, ids: TokenArray, pages: PageArray, only_new: bool
+    ) -> InsertResult:
         node, parts = self._walk(start, ids, num_hits=0)
         num_cached = sum(part.shape[0] for part in parts)
-        new_pages = pages[num_cached:]
-        num_tokens = start_tokens + pages.shape[0] * self.page_size
+        new_pages = pages[num_cached:] if not (only_new and num_cached) else pages[:0]
+        num_tokens = start_tokens + (num_cached + new_pages.shape[0]) * self.page_size
         if new_pages.size:
             self._hold(new_pages)
             new_ids = ids[num_cached * self.page_size : pages.shape[0] * self.page_size]

@@ -3,8 +3,10 @@
 Token positions, in half-open intervals; P is the page size and every bound is whole pages unless said otherwise:
 
     [0, num_cached)                 found in the prefix cache when opened: its pages, shared
-    [num_cached, published)         offered to the prefix cache by commit: now its pages too, except duplicates, which
-                                    are pages of this sequence whose tokens the cache already had on other pages
+    [num_cached, published)         offered to the prefix cache by commit: now its pages too, up to the first duplicate,
+                                    a page whose tokens the cache already had on another page. From there on they are
+                                    this sequence's alone, and offered once more when the cache dropped its own or the
+                                    sequence closes: a lock on pages behind a duplicate would pin the cache's copy
     [published, num_committed)      token ids known, less than a page: this sequence's, or shared with forks of it
     [num_committed, num_tokens)     reserved by append, token ids not known yet (any length)
     [num_tokens, num_pages * P)     the rest of the last page, written by a later append
@@ -183,6 +185,7 @@ class Sequence:
         with self._ledger:
             if self._is_closed:
                 return
+            self._publish_behind_duplicates()
             self._move_lock(None)
             self._ledger.allocator.release(self._pages.view())
             del self._ledger.live[id(self)]
@@ -300,15 +303,26 @@ class Sequence:
             return
         ids, pages = self._tokens.view(start, stop), self._pages.view(start // page_size, stop // page_size)
         if self._handle is None:
-            result = cache.insert(ids, pages, self._namespace)
+            result = cache.insert(ids, pages, self._namespace, only_new=True)
         else:
-            result = cache.extend(self._handle, ids, pages)
-        taken = pages[result.num_cached // page_size :]
-        if taken.size:
-            ledger.allocator.retain(taken)
+            result = cache.extend(self._handle, ids, pages, only_new=True)
+        if result.num_cached == 0:
+            ledger.allocator.retain(pages)
             self._move_lock(result.handle)
-            if (ledger.allocator.owner_counts_of(taken) > 2).any():
+            if (ledger.allocator.owner_counts_of(pages) > 2).any():
                 self._lock_for_forks(result.handle)
+
+    def _publish_behind_duplicates(self) -> None:
+        """Before a close: leaves the cache what it does not have, on top of its own pages for what it has."""
+        ledger, page_size = self._ledger, self._ledger.page_size
+        start = 0 if self._handle is None else self._handle.num_tokens
+        pages = self._pages.view(0, self._published // page_size)
+        # A page that a fork names stays unpublished: the fork does not lock it, and publishes it itself.
+        is_mine = ledger.allocator.owner_counts_of(pages[start // page_size :]) == 1
+        if ledger.cache is None or not is_mine.size or not is_mine.all():
+            return
+        result = ledger.cache.insert(self._tokens.view(0, self._published), pages, self._namespace)
+        ledger.allocator.retain(pages[result.num_cached // page_size :])
 
     def _lock_for_forks(self, handle: CacheHandle) -> None:
         """Extends the locks of sequences that name pages which were just published: forks made before the commit."""

@@ -16,7 +16,7 @@ class PageTable:
 
     Shapes: indptr [S + 1] int32; indices [>= indptr[-1]] int32, entries beyond indptr[-1] are ignored;
             last_page_len [S] int32, the tokens in each sequence's last page: 1..page_size, 0 for no pages.
-    Owns:   nothing; the tensors are kept, not copied, and must not be changed.
+    Owns:   nothing; contiguous tensors are kept, not copied, and must not be changed.
     Raises: TypeError for another index dtype (nothing is cast); ValueError for shapes or entries that break this.
 
     >>> table = PageTable.from_rows([[3, 7], [5]], seq_lens=[20, 4], page_size=16)
@@ -42,9 +42,10 @@ class PageTable:
                 f"indptr must have shape [S + 1] with S = {shapes['S']} (set by last_page_len), "
                 f"got {list(indptr.shape)}."
             )
-        self.indptr = indptr
-        self.indices = indices
-        self.last_page_len = last_page_len
+        # Kernels read them as flat arrays; a strided view is copied once here.
+        self.indptr = indptr.contiguous()
+        self.indices = indices.contiguous()
+        self.last_page_len = last_page_len.contiguous()
         self.page_size = page_size
         self._check_entries()
 
