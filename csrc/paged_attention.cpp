@@ -70,6 +70,28 @@ void attend(Call call, int64_t num_threads) {
   for (int number = 0; number < workers; ++number) merge_off(number);
 }
 
+/// The plan is checked when it is made; these are the sentences that keep every address inside the tensors, whatever
+/// became of its arrays since.
+void check_batch(const AttentionBatch& batch, int64_t num_tokens, int64_t num_indices, int64_t num_pages,
+                 int64_t mask_size, const int64_t* mask_indptr) {
+  const auto refuse = [](const char* what, int64_t sequence) {
+    TVM_FFI_THROW(ValueError) << "the plan must be as plan_attention made it, got " << what << " at sequence " << sequence
+                              << ". Its arrays were changed, or it was made by hand.";
+  };
+  if (batch.query_indptr[0] != 0 || batch.page_indptr[0] != 0) refuse("an indptr that does not start with 0", 0);
+  for (int64_t s = 0; s < batch.num_seqs; ++s) {
+    const int64_t q_len = int64_t{batch.query_indptr[s + 1]} - batch.query_indptr[s], kv_len = batch.seq_lens[s];
+    if (q_len < 0) refuse("a query_indptr that decreases", s);
+    const int64_t first = batch.page_indptr[s], last = batch.page_indptr[s + 1];
+    if (first > last || last > num_indices) refuse("a page_indptr outside page_indices", s);
+    if (kv_len < 0 || kv_len > (last - first) * batch.page_size) refuse("a length its pages cannot hold", s);
+    for (int64_t i = first; i < last; ++i)
+      if (batch.page_indices[i] < 0 || batch.page_indices[i] >= num_pages) refuse("a page id outside the pool", s);
+    if (mask_indptr && (mask_indptr[s] < 0 || mask_indptr[s] + q_len * kv_len > mask_size)) refuse("a mask too short", s);
+  }
+  if (batch.query_indptr[batch.num_seqs] != num_tokens) refuse("another number of query rows", batch.num_seqs);
+}
+
 template <typename T>
 const T* data_or_null(const Optional<TensorView>& tensor) {
   return tensor.has_value() ? data<const T>(tensor.value()) : nullptr;
@@ -91,6 +113,10 @@ void paged_attention(TensorView query, TensorView key_pages, TensorView value_pa
   AttentionBatch batch{data<int32_t>(query_indptr), data<int32_t>(page_indptr), data<int32_t>(page_indices),
                        data<int32_t>(seq_lens), seq_lens.size(0), key_pages.size(1), query.size(1), key_pages.size(2),
                        query.size(1) / key_pages.size(2), key_pages.size(3), value_pages.size(3), window_left, causal};
+  if (query_indptr.numel() != batch.num_seqs + 1 || page_indptr.numel() != batch.num_seqs + 1)
+    TVM_FFI_THROW(ValueError) << "the plan must have indptr arrays of " << batch.num_seqs + 1 << " entries.";
+  check_batch(batch, query.size(0), page_indices.numel(), std::min(key_pages.size(0), value_pages.size(0)),
+              mask.has_value() ? mask.value().numel() : 0, data_or_null<int64_t>(mask_indptr));
   const auto padded = [](int64_t dim) { return (dim + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; };
   const Call call{batch,
                   {static_cast<float>(sm_scale), static_cast<float>(soft_cap)},

@@ -279,7 +279,7 @@ def test_logits_that_are_no_numbers_are_an_error(llama):
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     result = Engine(model, num_pages=20).generate([[1, 2, 3]])[0]
-    assert "logits of request 0 must be numbers, got NaN" in str(result.error)
+    assert "logits of request 0 must have a finite maximum, got nan" in str(result.error)
 
 
 def test_cancel_waiting_running_finished(llama):
@@ -382,7 +382,7 @@ def test_prompts_as_text_ids_and_messages(llama):
         ([-1], ValueError, "token ids in 0..257"),
         ("text", ValueError, "must be token ids for an engine without a tokenizer, got text"),
         ([{"role": "user", "content": "x"}], ValueError, "got chat messages"),
-        ([1.5], TypeError, "prompt must be text, token ids or chat messages, got list"),
+        ([1.5], TypeError, "prompt must be text, token ids or chat messages, got one float in it"),
         (7, TypeError, "prompt must be text, token ids or chat messages, got int"),
     ],
 )

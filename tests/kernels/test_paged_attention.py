@@ -193,11 +193,11 @@ MISUSE = {
         ValueError,
         r"page ids of the plan must be below 1 \(N of key_pages\), got",
     ),
-    "sm-scale": (lambda b: {"sm_scale": math.nan}, ValueError, "sm_scale must be finite, got nan"),
+    "sm-scale": (lambda b: {"sm_scale": math.nan}, ValueError, "sm_scale must be a finite float32, got nan"),
     "soft-cap": (
         lambda b: {"soft_cap": -1.0},
         ValueError,
-        r"soft_cap must be 0 \(off\) or positive and finite, got -1",
+        r"soft_cap must be 0 \(off\) or a positive float32, got -1",
     ),
     "sinks-shape": (lambda b: {"sinks": torch.zeros(3)}, ValueError, r"sinks must have shape \[Hq\] with Hq = 4"),
     "sinks-dtype": (
@@ -326,3 +326,71 @@ def test_strided_index_tensors_are_read_as_their_values(any_backend):
             pagedkv.paged_attention(query, key_pages, value_pages, plan, sinks=heads[:, 0], backend=any_backend)
         )
     assert torch.equal(*results)
+
+
+def small_batch():
+    key_pages, value_pages = torch.randn(2, 8, 4, 2, 16)
+    table = pagedkv.PageTable.from_rows([[0, 1, 2], [3]], seq_lens=[9, 3], page_size=4)
+    plan = pagedkv.plan_attention(
+        torch.tensor([0, 3, 4], dtype=torch.int32), table, num_q_heads=4, num_kv_heads=2, head_dim=16
+    )
+    return torch.randn(4, 4, 16), key_pages, value_pages, plan
+
+
+@pytest.mark.parametrize(
+    "name, index, value, words",
+    [
+        ("page_indices", 1, 2**30, "a page id outside the pool at sequence 0"),
+        ("page_indices", 0, -1, "a page id outside the pool at sequence 0"),
+        ("page_indptr", 2, 9, "a page_indptr outside page_indices at sequence 1"),
+        ("seq_lens", 1, 5, "a length its pages cannot hold at sequence 1"),
+        ("query_indptr", 1, 5, "a query_indptr that decreases at sequence 1"),
+        ("query_indptr", 2, 3, "another number of query rows"),
+    ],
+)
+def test_core_refuses_a_plan_whose_arrays_were_changed(name, index, value, words):
+    """Nothing that happens to a plan makes the core read or write outside the tensors."""
+    query, key_pages, value_pages, plan = small_batch()
+    getattr(plan, name)[index] = value
+    with pytest.raises(ValueError, match=words):
+        pagedkv.paged_attention(query, key_pages, value_pages, plan, backend="cpu")
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_a_later_value_never_reaches_an_earlier_row(any_backend, garbage):
+    query, key_pages, value_pages, plan = small_batch()
+    before = pagedkv.paged_attention(query, key_pages, value_pages, plan, backend=any_backend)
+    value_pages[2, 0] = garbage  # the last key of the first sequence: its last row sees it, the two before do not
+    after = pagedkv.paged_attention(query, key_pages, value_pages, plan, backend=any_backend)
+    assert after.isfinite().all(dim=(1, 2)).tolist() == [True, True, False, True]
+    if any_backend == "cpu":  # the reference sums such rows one by one, in another order
+        assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"sm_scale": "x"}, TypeError, "sm_scale must be a number, got str"),
+        ({"sm_scale": 1e39}, ValueError, "sm_scale must be a finite float32, got 1e"),
+        ({"sm_scale": 10**400}, ValueError, "sm_scale must be a finite float32, got 1000"),
+        ({"soft_cap": 1e-50}, ValueError, r"soft_cap must be 0 \(off\) or a positive float32, got 1e-50"),
+    ],
+)
+def test_scale_and_cap_are_checked_as_kernels_use_them(options, error, words):
+    with pytest.raises(error, match=words):
+        pagedkv.paged_attention(*small_batch(), **options)
+
+
+def test_negated_views_are_refused_not_read_as_positive():
+    query, key_pages, value_pages, plan = small_batch()
+    with pytest.raises(ValueError, match="query must hold its values as they are, got a negated view"):
+        pagedkv.paged_attention(torch._neg_view(query), key_pages, value_pages, plan)
+
+
+def test_autograd_learns_of_writes_in_place(any_backend):
+    pages = torch.zeros(2, 2, 4, 1, 8)
+    weight = torch.ones(2, 4, 1, 8, requires_grad=True)
+    product = (weight * pages[0]).sum()
+    pagedkv.store_kv(torch.ones(1, 1, 8), torch.ones(1, 1, 8), *pages, torch.tensor([1]), backend=any_backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

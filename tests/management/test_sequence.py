@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -363,3 +366,23 @@ def test_copy_that_fails_gives_its_page_back():
     assert child.page_ids == seq.page_ids == (0,)
     assert manager.num_free_pages == 3
     check_integrity(manager)
+
+
+@pytest.mark.parametrize("call", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_sequence_is_forked_not_copied(call):
+    seq = opened(make_manager(), [1, 2, 3])
+    with pytest.raises(TypeError, match=r"a sequence must .* Use fork\(\)"):
+        call(seq)
+    seq.close()
+
+
+def test_copies_of_copies_are_taken_from_the_first_source():
+    manager = make_manager()
+    first = manager.open([])
+    first.append(2)
+    second = first.fork()
+    second.append(1)
+    third = second.fork()
+    third.append(1)
+    src, dst = manager.take_copies()
+    assert (src.tolist(), dst.tolist()) == ([0, 0], [second.page_ids[0], third.page_ids[0]])

@@ -352,7 +352,7 @@ def believe_the_first_page(monkeypatch):
 
 
 def ignore_namespaces(monkeypatch):
-    monkeypatch.setattr(radix_cache, "_root_key", lambda namespace: None)
+    monkeypatch.setattr(radix_cache, "namespace_key", lambda namespace: None)
 
 
 @pytest.mark.parametrize(

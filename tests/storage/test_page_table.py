@@ -103,3 +103,32 @@ def test_slot_mapping_refuses_more_new_tokens_than_there_are():
         table.slot_mapping(int32(0, 4))
     with pytest.raises(TypeError, match="query_indptr must have dtype int32, got int64"):
         table.slot_mapping(torch.tensor([0, 1, 2]))
+
+
+def test_differences_that_wrap_around_in_32_bits_are_refused():
+    with pytest.raises(ValueError, match="indptr must not decrease, got 2147483647 then -2"):
+        PageTable(int32(0, 2**31 - 1, -2, 4), int32(0, 1, 2, 3), int32(1, 1, 1), page_size=1)
+
+
+def test_table_keeps_what_was_checked():
+    indptr, indices, last = int32(0, 1), int32(2), int32(3)
+    table = PageTable(indptr, indices, last, page_size=4)
+    for tensor in (indptr, indices, last, table.seq_lens):
+        tensor.fill_(99)
+    assert (table.indptr.tolist(), table.indices.tolist(), table.seq_lens.tolist()) == ([0, 1], [2], [3])
+
+
+@pytest.mark.parametrize("query_indptr", [(2, 3, 5), (0, 2**31 - 1, -2)])
+def test_slot_mapping_refuses_what_divides_no_tokens(query_indptr):
+    table = PageTable.from_rows([[3], [5]], seq_lens=[4, 4], page_size=4)
+    with pytest.raises(ValueError, match="query_indptr must start with 0 and not decrease"):
+        table.slot_mapping(int32(*query_indptr))
+
+
+def test_from_rows_never_casts_an_id():
+    with pytest.raises(TypeError, match="float"):
+        PageTable.from_rows([[1.7]], seq_lens=[1], page_size=4)
+    with pytest.raises(ValueError, match=r"row 0 must hold page ids below 2\*\*31, got 1099511627776"):
+        PageTable.from_rows([[2**40]], seq_lens=[1], page_size=4)
+    with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
+        PageTable.from_dense(int32(1)[None], int32(1), page_size=0)

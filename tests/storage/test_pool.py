@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -94,3 +96,12 @@ def test_copy_pages_refuses_before_any_layer_is_written():
     with pytest.raises(ValueError, match=r"dst must be in \[0, 5\)"):
         pool.copy_pages(torch.tensor([0, 1]), torch.tensor([2, 5]))
     assert torch.equal(pool.buffer, before)
+
+
+@pytest.mark.parametrize("copied", [lambda pool: pickle.loads(pickle.dumps(pool)), copy.deepcopy])
+def test_a_copied_pool_has_views_of_its_own_buffer(copied):
+    pool = make_pool()
+    pool.buffer.zero_()
+    twin = copied(pool)
+    twin.store(0, torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([0]))
+    assert (twin.buffer.sum(), pool.buffer.sum()) == (32, 0)

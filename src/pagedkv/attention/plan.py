@@ -46,12 +46,13 @@ def plan_attention(
         raise ValueError(f"num_q_heads must be a multiple of num_kv_heads = {num_kv_heads}, got {num_q_heads}.")
     if not isinstance(table, PageTable):
         raise TypeError(f"table must be a PageTable, got {type(table).__name__}. Build it with PageTable.from_rows.")
-    num_tokens = _check_query_indptr(query_indptr, table)
-    query_indptr = query_indptr.contiguous()
+    num_tokens = table.check_query_indptr(query_indptr)
     mask_indptr = None
     if custom_mask is not None:
         mask_indptr = _check_mask(custom_mask, query_indptr, table)
         custom_mask = custom_mask.contiguous()
+    # A copy: engines reuse the buffer for the next step.
+    query_indptr = query_indptr.clone(memory_format=torch.contiguous_format)
     return AttentionPlan(
         query_indptr=query_indptr,
         page_indptr=table.indptr,
@@ -63,27 +64,13 @@ def plan_attention(
         head_dim=head_dim,
         value_dim=value_dim,
         causal=bool(causal),
-        window_left=window_left,
+        # Positions are below 2**31, so a wider window sees no more.
+        window_left=min(window_left, 2**31 - 1),
         num_tokens=num_tokens,
         max_page=table.max_page,
         custom_mask=custom_mask,
         mask_indptr=mask_indptr,
     )
-
-
-def _check_query_indptr(query_indptr: torch.Tensor, table: PageTable) -> int:
-    check_dtype("query_indptr", query_indptr, torch.int32)
-    check_device("query_indptr", query_indptr, table.indptr.device, "the page table")
-    if query_indptr.dim() != 1 or query_indptr.shape[0] != table.num_seqs + 1:
-        raise ValueError(
-            f"query_indptr must have shape [S + 1] with S = {table.num_seqs} (set by the page table), "
-            f"got {list(query_indptr.shape)}."
-        )
-    starts = query_indptr.cpu().numpy()
-    lengths = starts[1:] - starts[:-1]
-    if starts[0] != 0 or (lengths.size and lengths.min() < 0):
-        raise ValueError(f"query_indptr must start with 0 and not decrease, got {starts[:8].tolist()}.")
-    return int(starts[-1])
 
 
 def _check_mask(custom_mask: torch.Tensor, query_indptr: torch.Tensor, table: PageTable) -> torch.Tensor:

@@ -104,7 +104,7 @@ def generate(
 @app.command()
 def size(
     model: Model = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers, if there is no --model.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=100_000, help="Layers, if there is no --model.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads of a layer.")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="Dimension of a head.")] = None,
     dtype: Annotated[KVDtype, typer.Option(help="auto: the model's, float16 without one.")] = KVDtype.AUTO,

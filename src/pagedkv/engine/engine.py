@@ -13,7 +13,7 @@ import torch
 
 from ..integrations.transformers import PagedModel
 from ..management.manager import KVCacheManager
-from ..management.radix_cache import Namespace
+from ..management.radix_cache import Namespace, namespace_key
 from ..shapes import check_int
 from ..spec import KVCacheSpec
 from ..storage.pool import KVPool
@@ -114,6 +114,7 @@ class Engine:
         Returns: its handle. A prompt that can never fit is answered at once: finished, with the reason "error".
         Raises:  ValueError, TypeError for a prompt or params that are no request at all.
         """
+        namespace_key(namespace)
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {type(params).__name__}.")
@@ -124,10 +125,10 @@ class Engine:
             if self._is_closed:
                 raise ValueError("engine must be open for submit, got a closed one.")
             request = Request(self._num_submitted, ids, params, namespace, on_token, time.perf_counter())
+            self._prepare(request)
             self._num_submitted += 1
             self._counts.num_requests += 1
             self._requests[request.id] = request
-            self._prepare(request)
             error = self._why_it_never_fits(request)
             if error is None:
                 self._scheduler.add(request)
@@ -165,6 +166,8 @@ class Engine:
         namespace: Namespace = None,
     ) -> list[RequestResult]:
         """Submits all prompts, runs until they are finished, and returns their results in the order of the prompts."""
+        if isinstance(prompts, (str, bytes, Mapping)):
+            raise TypeError(f"prompts must be a list of prompts, got one {type(prompts).__name__}. Put it in a list.")
         prompts = list(prompts)
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
@@ -241,7 +244,7 @@ class Engine:
         if not params.ignore_eos:
             request.stop_ids = self._eos if params.stop_token_ids is None else frozenset(params.stop_token_ids)
         if not params.is_greedy:
-            seed = params.seed if params.seed is not None else self._seed * 1_000_003 + request.id
+            seed = params.seed if params.seed is not None else (self._seed * 1_000_003 + request.id) % 2**64
             request.generator = torch.Generator().manual_seed(seed)
         if self.tokenizer is not None:
             request.stream = TextStream(self.tokenizer, params.stop)
@@ -290,9 +293,18 @@ class Engine:
                     slots = work.seq.append(work.num_tokens)
                     self._execute([Work(work.request, work.seq, work.start, work.stop, slots)])
             return
+        interruption: BaseException | None = None
         for request, token in tokens:
-            if not request.finished:
+            if request.finished:
+                continue
+            try:
                 self._accept(request, token)
+            except Exception as error:  # noqa: BLE001 - a tokenizer's error is the answer of the request it happened in
+                self._finish(request, "error", error)
+            except BaseException as error:  # noqa: BLE001 - the tokens of the others are computed: they are taken first
+                interruption = interruption or error
+        if interruption is not None:
+            raise interruption
 
     def _accept(self, request: Request, token: int) -> None:
         """Adds a sampled token, tells the caller, and ends the request where it ends."""
@@ -323,15 +335,25 @@ class Engine:
         self._scheduler.remove(request)
         request.status, request.finish_reason, request.error = "finished", reason, error
         request.finished_at = time.perf_counter()
-        if request.stream is not None:
-            rest, is_stopped = request.stream.flush()
-            request.text, text = request.text + rest, text + rest
-            if is_stopped and reason == "length":
-                request.finish_reason = "stop"
         del self._requests[request.id]
         self._counts.num_finished += 1
         self._finished.append(request)
-        self._emit(request, token_ids, text)
+        self._emit(request, token_ids, text + self._rest_of_text(request))
+
+    def _rest_of_text(self, request: Request) -> str:
+        """What the detokenizer held back, added to the text; a stop string may end in it."""
+        if request.stream is None:
+            return ""
+        try:
+            rest, is_stopped = request.stream.flush()
+        except Exception as error:  # noqa: BLE001 - a tokenizer's error is the request's answer
+            if request.error is None:
+                request.finish_reason, request.error = "error", error
+            return ""
+        request.text += rest
+        if is_stopped and request.finish_reason == "length":
+            request.finish_reason = "stop"
+        return rest
 
     def _emit(self, request: Request, token_ids: tuple[int, ...], text: str) -> None:
         if request.on_token is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,7 @@ def prompt_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> tuple[int,
         text = tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
-        raise TypeError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}.")
+        ids = _plain_ids(prompt)
     if not ids:
         raise ValueError("prompt must have at least one token, got none.")
     if min(ids) < 0 or max(ids) >= vocab_size:
@@ -37,6 +36,17 @@ def eos_token_ids(model: Any) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _plain_ids(prompt: Any) -> list[int]:
+    """Ids as plain ints, from a list or an array, numpy's integers included; a bool is none."""
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes, bytearray)):
+        raise TypeError(f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}.")
+    wrong = [token for token in ids if isinstance(token, bool) or not hasattr(token, "__index__")]
+    if wrong:
+        raise TypeError(f"prompt must be text, token ids or chat messages, got one {type(wrong[0]).__name__} in it.")
+    return [operator.index(token) for token in ids]
 
 
 def _tokenizer_for(tokenizer: Any, what: str) -> Any:

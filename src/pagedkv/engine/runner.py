@@ -63,8 +63,13 @@ def _sample(requests: list[Request], logits: torch.Tensor) -> list[int]:
     if not requests:
         return []
     with torch.inference_mode():
-        is_broken = torch.isnan(logits).any(dim=-1)
+        # NaN spreads to the maximum; a row of -inf alone, or one with +inf, has no most likely token either.
+        highest = logits.amax(dim=-1)
+        is_broken = ~torch.isfinite(highest)
         if bool(is_broken.any()):
-            number = requests[int(is_broken.int().argmax())].id
-            raise FloatingPointError(f"logits of request {number} must be numbers, got NaN. Check the model's dtype.")
+            row = int(is_broken.int().argmax())
+            raise FloatingPointError(
+                f"logits of request {requests[row].id} must have a finite maximum, got {float(highest[row])}. "
+                "Check the model's dtype."
+            )
         return sample(logits, [request.params for request in requests], [request.generator for request in requests])

@@ -39,6 +39,8 @@ class SamplingParams:
         check_int("top_k", self.top_k, minimum=0)
         if self.seed is not None:
             check_int("seed", self.seed, minimum=0)
+            if self.seed >= 2**64:
+                raise ValueError(f"seed must be below 2**64, got {self.seed}.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be 0 (greedy) or positive and finite, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
@@ -49,6 +51,8 @@ class SamplingParams:
             raise ValueError(f"stop must hold strings that are not empty, got {self.stop}.")
         if self.stop_token_ids is not None:
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+            for token in self.stop_token_ids:
+                check_int("each of stop_token_ids", token, minimum=0)
 
     @property
     def is_greedy(self) -> bool:
@@ -71,7 +75,9 @@ def sample(
     if not rows:
         return tokens
     draws = torch.tensor(
-        [float(torch.rand((), dtype=torch.float64, generator=generators[row])) for row in rows], device=logits.device
+        [float(torch.rand((), dtype=torch.float64, generator=generators[row])) for row in rows],
+        dtype=torch.float64,
+        device=logits.device,
     )
     chosen = _draw(logits[rows], [params[row] for row in rows], draws)
     for row, token in zip(rows, chosen.tolist(), strict=True):
@@ -93,8 +99,10 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: torch.Tenso
             probabilities[row].masked_fill_(probabilities[row] < lowest, 0.0)
     sums = probabilities.cumsum(dim=-1)
     # Scaled by the sum itself: the last one may be a rounding away from the 1 it should be.
-    targets = draws.to(torch.float64)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, targets, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True).squeeze(1)
+    # A product that rounds up to the whole sum means the last token that was kept.
+    last_kept = logits.shape[1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(tokens, last_kept)
 
 
 # The few tokens that make up top_p are almost always among these; sorting the whole vocabulary costs 10 times as much.

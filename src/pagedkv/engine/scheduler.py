@@ -88,7 +88,8 @@ class Scheduler:
         _close(request)
 
     def schedule(self) -> Schedule:
-        """The work of the next step, with its slots reserved."""
+        """The work of the next step, with its slots reserved. Nothing is reserved when it raises."""
+        self._take_back_what_was_broken_off()
         schedule = Schedule()
         budget = self._max_batch_tokens
         num_decoding = sum(request.num_uncomputed == 1 for request in self.running)
@@ -106,6 +107,16 @@ class Scheduler:
             self._admit(schedule, budget)
         return schedule
 
+    def _take_back_what_was_broken_off(self) -> None:
+        """An interrupt (Ctrl-C) may end a step anywhere: slots reserved in it, and a token that was computed but not
+        sampled, are to be computed again."""
+        for request in self.running:
+            seq = request.seq
+            assert seq is not None  # it runs
+            kept = min(seq.num_committed, len(request.ids) - 1)
+            if seq.num_tokens > kept:
+                seq.truncate(kept)
+
     def _schedule_running(self, request: Request, num_tokens: int, schedule: Schedule) -> bool:
         seq = request.seq
         assert seq is not None  # it runs
@@ -113,12 +124,8 @@ class Scheduler:
             newest = self.running[-1]
             if newest is request and len(self.running) == 1:
                 # Whoever has the pages is not one of ours.
-                free, evictable = self._manager.num_free_pages, self._manager.num_evictable_pages
                 needed = self._num_pages(request.num_computed + num_tokens) - self._num_pages(request.num_computed)
-                pinned = self._manager.num_pages - free - evictable
-                schedule.failed.append(
-                    (request, OutOfPagesError(needed, free, evictable, pinned, self._manager.stats().num_sequences))
-                )
+                schedule.failed.append((request, self._out_of_pages(needed)))
                 return False
             self._preempt(newest)
             schedule.preempted.append(newest)
@@ -152,7 +159,8 @@ class Scheduler:
             if slots is None:
                 seq.close()
                 if not self.running:
-                    self._fail_if_hopeless(request, schedule)
+                    # Nobody runs, so nobody will make room: somebody else holds pages of this manager.
+                    schedule.failed.append((request, self._out_of_pages(self._num_pages(len(request.ids)))))
                 return
             if not request.num_preemptions:
                 request.num_cached_tokens = seq.num_cached_tokens
@@ -176,13 +184,10 @@ class Scheduler:
             needed += max(self._num_pages(len(other.ids)) - self._num_pages(other.seq.num_tokens), 0) + 1
         return needed + 1 <= available
 
-    def _fail_if_hopeless(self, request: Request, schedule: Schedule) -> None:
-        """Nobody runs, so nobody will make room: somebody else holds pages of this manager."""
-        free, evictable = self._manager.num_free_pages, self._manager.num_evictable_pages
-        needed = self._num_pages(len(request.ids))
-        schedule.failed.append(
-            (request, OutOfPagesError(needed, free, evictable, self._manager.num_pages - free - evictable))
-        )
+    def _out_of_pages(self, needed: int) -> OutOfPagesError:
+        stats = self._manager.stats()
+        pinned = stats.num_pages - stats.free - stats.evictable
+        return OutOfPagesError(needed, stats.free, stats.evictable, pinned, stats.num_sequences)
 
     def _follows(self, request: Request) -> bool:
         """Whether the request still waits for pages that another one is computing."""

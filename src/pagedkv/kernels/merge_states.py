@@ -8,6 +8,7 @@ import torch
 
 from ..shapes import Shapes, check_device, check_dtype, check_floating, check_last_dim_contiguous
 from .backend import OpCall, select
+from .pages import check_no_grad
 
 __all__ = ["AttentionState", "merge_states"]
 
@@ -29,6 +30,7 @@ def merge_states(values: torch.Tensor, lse: torch.Tensor, *, backend: str = "aut
     Raises: ValueError, TypeError for a shape, dtype or device that breaks the lines above.
     Source: FlashInfer (arXiv 2501.01005), section 2.2. Reference: kernels/reference/merge_states.py.
     """
+    check_no_grad(values=values, lse=lse)
     op = _merge_states_op if torch.compiler.is_compiling() else _merge_states
     return AttentionState(*op(values, lse, backend))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,7 +62,9 @@ def paged_attention(
     Source: PagedAttention (arXiv 2309.06180); online softmax (arXiv 1805.02867).
             Reference: kernels/reference/paged_attention.py.
     """
-    check_no_grad(query=query, key_pages=key_pages, value_pages=value_pages, sinks=sinks, alibi_slopes=alibi_slopes)
+    check_no_grad(
+        query=query, key_pages=key_pages, value_pages=value_pages, sinks=sinks, alibi_slopes=alibi_slopes, out=out
+    )
     if torch.compiler.is_compiling():
         return _traced(
             query,
@@ -100,7 +105,10 @@ def _paged_attention(
     if out is None:
         out = query.new_empty(plan.num_tokens, plan.num_q_heads, plan.value_dim)
     else:
-        _check_out(out, query, key_pages, value_pages, plan)
+        _check_out(out, query, plan)
+        _check_no_overlap(
+            out, query=query, key_pages=key_pages, value_pages=value_pages, sinks=sinks, alibi=alibi_slopes
+        )
     lse = query.new_empty(plan.num_tokens, plan.num_q_heads, dtype=torch.float32) if return_lse else None
     call = _describe(query, key_pages, value_pages, plan, options)
     select(call, backend)(query, key_pages, value_pages, plan, options, out, lse)
@@ -143,26 +151,39 @@ def _checked_options(
             shapes.check(name, per_head, "Hq")
             check_dtype(name, per_head, torch.float32)
             check_device(name, per_head, query.device, "query")
-    scale = 1.0 / math.sqrt(plan.head_dim) if sm_scale is None else float(sm_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"sm_scale must be finite, got {sm_scale}.")
-    if not (math.isfinite(soft_cap) and soft_cap >= 0):
-        raise ValueError(f"soft_cap must be 0 (off) or positive and finite, got {soft_cap}.")
+    scale = 1.0 / math.sqrt(plan.head_dim) if sm_scale is None else _as_float32("sm_scale", sm_scale)
+    cap = _as_float32("soft_cap", soft_cap)
+    if cap < 0 or (cap == 0 and soft_cap != 0):
+        raise ValueError(f"soft_cap must be 0 (off) or a positive float32, got {soft_cap}.")
     # Kernels read both as flat arrays.
     sinks, alibi_slopes = (None if per_head is None else per_head.contiguous() for per_head in (sinks, alibi_slopes))
-    return AttentionOptions(scale, float(soft_cap), sinks, alibi_slopes)
+    return AttentionOptions(scale, cap, sinks, alibi_slopes)
 
 
-def _check_out(
-    out: torch.Tensor, query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, plan: AttentionPlan
-) -> None:
+def _as_float32(name: str, value: Any) -> float:
+    """The value as kernels compute with it; refuses what is not a finite number there."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except (OverflowError, struct.error):
+        rounded = math.inf
+    if not math.isfinite(rounded):
+        raise ValueError(f"{name} must be a finite float32, got {value}.")
+    return rounded
+
+
+def _check_out(out: torch.Tensor, query: torch.Tensor, plan: AttentionPlan) -> None:
     Shapes(T=plan.num_tokens, Hq=plan.num_q_heads, Dv=plan.value_dim).check("out", out, "T Hq Dv")
     check_dtype("out", out, query.dtype)
     check_device("out", out, query.device, "query")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {list(out.stride())}.")
-    for name, tensor in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages)):
-        if _overlap(out, tensor):
+
+
+def _check_no_overlap(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    for name, tensor in inputs.items():
+        if tensor is not None and _overlap(out, tensor):
             raise ValueError(f"out must not overlap {name}, got memory that both use. Pass a tensor of its own.")
 
 
@@ -279,5 +300,6 @@ def _traced(
         backend,
     )
     if out is not None:
+        _check_out(out, query, plan)
         result = out.copy_(result)
     return AttentionState(result, lse) if return_lse else result

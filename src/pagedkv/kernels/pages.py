@@ -16,6 +16,7 @@ __all__ = [
     "check_slots",
     "check_writable",
     "fits_graph",
+    "mark_written",
     "to_nhd",
 ]
 
@@ -26,6 +27,8 @@ def to_nhd(key_pages: torch.Tensor, value_pages: torch.Tensor, layout: str) -> t
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
         if not isinstance(pages, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(pages).__name__}.")
+        if pages.is_neg():
+            raise ValueError(f"{name} must hold its values as they are, got a negated view.")
         if pages.dim() != 4:
             expected = "[N, P, Hk, D]" if layout == "NHD" else "[N, Hk, P, D]"
             raise ValueError(f"{name} must have shape {expected} (layout {layout}), got {list(pages.shape)}.")
@@ -57,10 +60,17 @@ def check_kv_pages(shapes: Shapes, key_pages: torch.Tensor, value_pages: torch.T
 
 def check_writable(name: str, pages: torch.Tensor) -> None:
     """Refuses an expanded tensor: one place in memory would be many slots."""
-    if 0 in pages.stride():
+    if pages.numel() and 0 in pages.stride():
         for dim, (num_items, stride) in enumerate(zip(pages.shape, pages.stride(), strict=True)):
             if stride == 0 and num_items > 1:
                 raise ValueError(f"{name} must not be expanded, got stride 0 in dim {dim} of {list(pages.shape)}.")
+
+
+def mark_written(*tensors: torch.Tensor) -> None:
+    """Tells autograd that a native kernel wrote in place: a graph that saved the old values then says so itself."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def check_no_grad(**tensors: torch.Tensor | None) -> None:

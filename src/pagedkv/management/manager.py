@@ -12,7 +12,7 @@ from ..storage import PageTable
 from .eviction import EvictionPolicy
 from .integrity import check_integrity
 from .ledger import PageLedger, PagePool
-from .radix_cache import Namespace, RadixCache
+from .radix_cache import Namespace, RadixCache, namespace_key
 from .sequence import Sequence
 from .stats import ManagerStats
 from .token_ids import TokenIds, as_token_ids
@@ -94,6 +94,7 @@ class KVCacheManager:
         be cached: an engine that needs the logits of the last token opens with `prompt[:-1]`.
         """
         ids = as_token_ids("token_ids", token_ids)
+        namespace_key(namespace)
         ledger = self._ledger
         with ledger:
             if ledger.cache is None:
@@ -151,12 +152,18 @@ class KVCacheManager:
             return continued
 
     def take_copies(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pages that were copied on write since the last call: (src, dst), int64, to be copied in this order.
+        """The pages that were copied on write since the last call: (src, dst), int64, to be copied all at once.
+
+        A copy of a copy names the first source, and a page that was given back and copied to again is named once.
 
         When:   without a pool, after the appends of a step and before anything is written. With a pool there are none.
         """
         with self._ledger as ledger:
-            pairs = torch.tensor(ledger.pending_copies, dtype=torch.int64, device=ledger.device).reshape(-1, 2)
+            source_of: dict[int, int] = {}
+            for src, dst in ledger.pending_copies:
+                source_of[dst] = source_of.get(src, src)
+            copies = [(src, dst) for dst, src in source_of.items()]
+            pairs = torch.tensor(copies, dtype=torch.int64, device=ledger.device).reshape(-1, 2)
             ledger.pending_copies.clear()
         return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 

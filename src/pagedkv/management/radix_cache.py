@@ -15,7 +15,7 @@ from .eviction import EvictionPolicy, EvictionQueue, make_eviction_policy
 from .radix_node import RadixNode
 from .token_ids import TokenArray, TokenIds, as_token_ids
 
-__all__ = ["CacheHandle", "InsertResult", "MatchResult", "Namespace", "RadixCache"]
+__all__ = ["CacheHandle", "InsertResult", "MatchResult", "Namespace", "RadixCache", "namespace_key"]
 
 # Who may share with whom, compared by value and type: None, "", 0, False and b"" are five namespaces.
 Namespace = str | bytes | int | tuple[Any, ...] | None
@@ -96,7 +96,7 @@ class RadixCache:
     def match(self, token_ids: TokenIds, namespace: Namespace = None) -> MatchResult:
         """The longest cached prefix of `token_ids`, in whole pages; counts as a use of it."""
         ids = as_token_ids("token_ids", token_ids)
-        root = self._roots.get(_root_key(namespace), self._void)
+        root = self._roots.get(namespace_key(namespace), self._void)
         node, parts = self._walk(root, ids, num_hits=1)
         self._queue.offer(node)
         pages = np.concatenate(parts) if parts else np.empty(0, np.int32)
@@ -117,7 +117,7 @@ class RadixCache:
         """
         ids = as_token_ids("token_ids", token_ids)
         taken = self._checked_pages(ids, pages)
-        key = _root_key(namespace)
+        key = namespace_key(namespace)
         root = self._roots.get(key) or self._new_root(key)
         result = self._insert_below(root, 0, ids, taken, only_new)
         if root.children:
@@ -359,10 +359,10 @@ class RadixCache:
             )
 
 
-def _root_key(namespace: object) -> Any:
+def namespace_key(namespace: object) -> Any:
     """A dict key that is equal only for equal values of equal types, at every depth of a tuple."""
     if isinstance(namespace, tuple):
-        return (tuple, tuple(map(_root_key, namespace)))
+        return (tuple, tuple(map(namespace_key, namespace)))
     if namespace is None or type(namespace) in (str, bytes, int, bool):
         return (type(namespace), namespace)
     raise TypeError(

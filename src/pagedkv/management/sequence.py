@@ -21,6 +21,7 @@ both name.
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,6 +192,12 @@ class Sequence:
             del self._ledger.live[id(self)]
             self._pages.truncate(0)
             self._is_closed = True
+
+    def __copy__(self) -> Sequence:
+        raise TypeError("a sequence must be forked to have a second one, got a call of copy. Use fork().")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a sequence must stay with its manager, got a call of pickle or deepcopy. Use fork().")
 
     def __enter__(self) -> Sequence:
         self._check_open("__enter__")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ class PageTable:
 
     Shapes: indptr [S + 1] int32; indices [>= indptr[-1]] int32, entries beyond indptr[-1] are ignored;
             last_page_len [S] int32, the tokens in each sequence's last page: 1..page_size, 0 for no pages.
-    Owns:   nothing; contiguous tensors are kept, not copied, and must not be changed.
+    Owns:   copies of the three tensors.
     Raises: TypeError for another index dtype (nothing is cast); ValueError for shapes or entries that break this.
 
     >>> table = PageTable.from_rows([[3, 7], [5]], seq_lens=[20, 4], page_size=16)
@@ -42,10 +43,10 @@ class PageTable:
                 f"indptr must have shape [S + 1] with S = {shapes['S']} (set by last_page_len), "
                 f"got {list(indptr.shape)}."
             )
-        # Kernels read them as flat arrays; a strided view is copied once here.
-        self.indptr = indptr.contiguous()
-        self.indices = indices.contiguous()
-        self.last_page_len = last_page_len.contiguous()
+        # Copies: what was checked stays as it was, whatever the caller does with its buffers in the next step.
+        self.indptr, self.indices, self.last_page_len = (
+            tensor.clone(memory_format=torch.contiguous_format) for tensor in (indptr, indices, last_page_len)
+        )
         self.page_size = page_size
         self._check_entries()
 
@@ -55,7 +56,7 @@ class PageTable:
         last = self.last_page_len.cpu().numpy()
         if indptr[0] != 0:
             raise ValueError(f"indptr must start with 0, got {indptr[0]}.")
-        num_pages = indptr[1:] - indptr[:-1]
+        num_pages = indptr[1:].astype("int64") - indptr[:-1]
         if num_pages.size and num_pages.min() < 0:
             row = int(num_pages.argmin())
             raise ValueError(f"indptr must not decrease, got {indptr[row]} then {indptr[row + 1]} at entry {row + 1}.")
@@ -73,7 +74,7 @@ class PageTable:
             raise ValueError(f"indices must hold page ids of 0 or more, got {used[entry]} at entry {entry}.")
         self._max_page = int(used.max()) if used.size else -1
         # 64 bits: a page count times a page size may pass 2^31.
-        seq_lens = (num_pages.astype("int64") - 1) * self.page_size + last
+        seq_lens = (num_pages - 1) * self.page_size + last
         seq_lens[empty] = 0
         if seq_lens.size and seq_lens.max() > 2**31 - 1:
             raise ValueError(f"sequence lengths must be below 2**31 tokens, got {seq_lens.max()}.")
@@ -98,16 +99,19 @@ class PageTable:
         indices: list[int] = []
         indptr, last = [0], []
         for number, (row, seq_len) in enumerate(zip(rows, seq_lens, strict=True)):
-            needed = _pages_needed(number, int(seq_len), page_size)
-            pages = list(row)[:needed]
+            seq_len = operator.index(seq_len)
+            needed = _pages_needed(number, seq_len, page_size)
+            pages = [operator.index(page) for page in list(row)[:needed]]
             if len(pages) < needed:
                 raise ValueError(
                     f"row {number} must have {needed} pages for {seq_len} tokens (page_size {page_size}), "
                     f"got {len(pages)}."
                 )
+            if pages and max(pages) >= 2**31:
+                raise ValueError(f"row {number} must hold page ids below 2**31, got {max(pages)}.")
             indices.extend(pages)
             indptr.append(len(indices))
-            last.append(int(seq_len) - (needed - 1) * page_size if needed else 0)
+            last.append(seq_len - (needed - 1) * page_size if needed else 0)
         return cls(
             torch.tensor(indptr, dtype=torch.int32, device=device),
             torch.tensor(indices, dtype=torch.int32, device=device),
@@ -121,6 +125,7 @@ class PageTable:
 
         Shapes: dense [S, M] int32, -1 unused; seq_lens [S] int32.
         """
+        check_int("page_size", page_size, minimum=1)
         check_dtype("dense", dense, torch.int32)
         check_dtype("seq_lens", seq_lens, torch.int32)
         shapes = Shapes()
@@ -147,8 +152,8 @@ class PageTable:
 
     @property
     def seq_lens(self) -> torch.Tensor:
-        """Tokens of each sequence, [S] int32."""
-        return self._seq_lens
+        """Tokens of each sequence, [S] int32, a copy."""
+        return self._seq_lens.clone()
 
     def to_dense(self) -> torch.Tensor:
         """[S, M] int32 with -1 in unused columns; M is the longest row."""
@@ -167,14 +172,9 @@ class PageTable:
         When:   the table already includes the new tokens.
         Raises: ValueError when a sequence has fewer tokens than its q_len.
         """
-        check_dtype("query_indptr", query_indptr, torch.int32)
-        if query_indptr.dim() != 1 or query_indptr.shape[0] != self.num_seqs + 1:
-            raise ValueError(
-                f"query_indptr must have shape [S + 1] with S = {self.num_seqs} (set by the page table), "
-                f"got {list(query_indptr.shape)}."
-            )
+        self.check_query_indptr(query_indptr)
         query_lens = query_indptr[1:] - query_indptr[:-1]
-        too_long = (query_lens > self._seq_lens) | (query_lens < 0)
+        too_long = query_lens > self._seq_lens
         if bool(too_long.any()):
             row = int(too_long.int().argmax())
             raise ValueError(
@@ -190,6 +190,20 @@ class PageTable:
         )
         pages = self.indices[self.indptr[:-1][rows].to(torch.int64) + positions // self.page_size].to(torch.int64)
         return pages * self.page_size + positions % self.page_size
+
+    def check_query_indptr(self, query_indptr: torch.Tensor) -> int:
+        """Refuses what does not divide T packed new tokens among the sequences of this table; returns T."""
+        check_dtype("query_indptr", query_indptr, torch.int32)
+        check_device("query_indptr", query_indptr, self.indptr.device, "the page table")
+        if query_indptr.dim() != 1 or query_indptr.shape[0] != self.num_seqs + 1:
+            raise ValueError(
+                f"query_indptr must have shape [S + 1] with S = {self.num_seqs} (set by the page table), "
+                f"got {list(query_indptr.shape)}."
+            )
+        starts = query_indptr.cpu().numpy()
+        if starts[0] != 0 or (starts[1:] < starts[:-1]).any():
+            raise ValueError(f"query_indptr must start with 0 and not decrease, got {starts[:8].tolist()}.")
+        return int(starts[-1])
 
     def __repr__(self) -> str:
         return f"PageTable(num_seqs={self.num_seqs}, num_pages={int(self.indptr[-1])}, page_size={self.page_size})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..kernels.copy_pages import copy_pages
@@ -37,7 +39,15 @@ class KVPool:
         # Outside inference mode, so that the pool can be written both inside and outside of it later.
         with torch.inference_mode(False):
             self.buffer = torch.empty(num_pages * page_elements, dtype=spec.dtype, device=device)
-        self._views = _layer_views(self.buffer, spec, num_pages, page_elements)
+        self._views = _layer_views(self.buffer, spec, num_pages)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Views that travelled by themselves would no longer be views of the buffer.
+        vars(self).update(state)
+        self._views = _layer_views(self.buffer, self.spec, self.num_pages)
 
     @property
     def device(self) -> torch.device:
@@ -95,10 +105,9 @@ class KVPool:
         return f"KVPool(num_pages={self.num_pages}, device={str(self.device)!r}, {size}, {self.spec})"
 
 
-def _layer_views(
-    buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int, page_elements: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """K and V of each layer. One rule gives both orders: a view is an offset and a page stride."""
+    page_elements = spec.bytes_per_page // spec.dtype.itemsize
     key_sizes = [spec.page_size * layer.num_kv_heads * layer.head_dim for layer in spec.layers]
     value_sizes = [spec.page_size * layer.num_kv_heads * layer.value_dim for layer in spec.layers]
     views = []

@@ -73,12 +73,13 @@ def check_model(model: Any) -> ModelGeometry:
     name = type(model).__name__
     types, windows = _check_config(name, model)
     probe = _Probe(name)
-    was_training = model.training
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         _run_probe(model, probe)
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True
     return ModelGeometry(_layers(name, probe, types, windows), _max_positions(model), _model_dtype(model))
 
 
@@ -187,8 +188,24 @@ def _layers(name: str, probe: _Probe, types: list[str], windows: list[int | None
 
 
 def _max_positions(model: Any) -> int | None:
-    limit = getattr(text_config(model.config), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
+    config = text_config(model.config)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    # longrope turns all positions of a forward pass by other frequencies once one of them passes this length: in a
+    # packed step, by those of the longest sequence. Below it every sequence is turned as it is alone.
+    limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config) if _is_longrope(rope)]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(known, default=None)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rope parameters of the model, or of each layer type where they differ."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _is_longrope(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type") == "longrope"
 
 
 def _model_dtype(model: Any) -> torch.dtype:

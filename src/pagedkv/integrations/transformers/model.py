@@ -63,13 +63,14 @@ class PagedModel:
 
         Shapes: token_ids [T] int64, packed in the order of the step; logit_rows [R] int64, default: the last of each
                 sequence.
-        When:   runs in inference mode; the model is in eval mode.
+        When:   runs in inference mode; the model is in eval mode, and no position is beyond its context.
         Raises: ValueError, TypeError for shapes that do not fit the step and for arguments a paged call cannot honour.
         """
         Shapes(T=step.num_tokens).check("token_ids", token_ids, "T")
         check_dtype("token_ids", token_ids, torch.int64)
         rows = step.last_rows() if logit_rows is None else logit_rows
         check_dtype("logit_rows", rows, torch.int64)
+        self._check_positions(step)
         if self.model.training:
             raise ValueError("model must be in eval mode, got training mode. Call model.eval() first.")
         with using_attention(self._configs, ATTENTION_NAME), paged_call(), torch.inference_mode():
@@ -83,3 +84,10 @@ class PagedModel:
                 **model_arguments,
             )
         return output.logits[0]  # type: ignore[no-any-return]
+
+    def _check_positions(self, step: PagedStep) -> None:
+        limit = self.geometry.max_positions
+        if limit is not None and step.num_tokens and int(step.position_ids.max()) >= limit:
+            raise ValueError(
+                f"positions must be below {limit} (the model's context), got {int(step.position_ids.max())}."
+            )

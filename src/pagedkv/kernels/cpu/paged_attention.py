@@ -6,6 +6,7 @@ import torch
 
 from ..attention_plan import AttentionPlan
 from ..paged_attention import AttentionOptions
+from ..pages import mark_written
 from .native import core
 
 __all__ = ["paged_attention"]
@@ -41,3 +42,4 @@ def paged_attention(
         lse,
         torch.get_num_threads(),
     )
+    mark_written(out)

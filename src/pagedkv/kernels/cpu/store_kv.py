@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..pages import mark_written
 from .native import core
 
 __all__ = ["store_kv"]
@@ -18,3 +19,4 @@ def store_kv(
 ) -> None:
     """Pages in NHD order; the core checks the slots before it writes."""
     core().store_kv(key, value, key_pages, value_pages, slot_mapping, torch.get_num_threads())
+    mark_written(key_pages, value_pages)

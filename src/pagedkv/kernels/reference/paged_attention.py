@@ -76,9 +76,12 @@ def _attend(
     total = weights.sum(dim=-1)
     if options.sinks is not None:
         total = total + torch.exp(options.sinks[:, None] - base)
-    # A key that no row sees may hold anything; 0 * NaN must not get in.
-    value = torch.where(visible.any(dim=0)[:, None, None], value, 0.0)
-    out = torch.einsum("hqk,khd->qhd", weights, value)
+    if bool(torch.isfinite(value).all()):
+        out = torch.einsum("hqk,khd->qhd", weights, value)
+    else:
+        # Row by row over the keys it sees alone: 0 * NaN of a key that others see must not get in.
+        rows = [torch.einsum("hk,khd->hd", weights[:, i, keep], value[keep]) for i, keep in enumerate(visible)]
+        out = torch.stack(rows) if rows else query.new_zeros(0, query.shape[1], value.shape[2])
     empty = total == 0
     out = out / total.masked_fill(empty, 1.0).T[..., None]
     lse = torch.where(empty, -torch.inf, base + torch.log(total.masked_fill(empty, 1.0)))
