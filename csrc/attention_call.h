@@ -7,111 +7,126 @@
 #include <algorithm>
 #include <type_traits>
 
-/// One attention call as all threads see it, and where the rows of a chunk of keys lie.
+/// One attention call as all threads see it.
 namespace pagedkv {
 
-enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+enum class Dtype { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3, kFloat8E5M2 };
 
 inline Dtype dtype_of(const TensorView& tensor) {
   if (is_dtype(tensor, kDLFloat, 32)) return Dtype::kFloat32;
   if (is_dtype(tensor, kDLFloat, 16)) return Dtype::kFloat16;
   if (is_dtype(tensor, kDLBfloat, 16)) return Dtype::kBFloat16;
-  TVM_FFI_THROW(TypeError) << "query and pages must have dtype float32, float16 or bfloat16.";
+  if (is_dtype(tensor, kDLInt, 8)) return Dtype::kInt8;
+  if (is_dtype(tensor, kDLFloat8_e4m3fn, 8)) return Dtype::kFloat8E4M3;
+  if (is_dtype(tensor, kDLFloat8_e5m2, 8)) return Dtype::kFloat8E5M2;
+  TVM_FFI_THROW(TypeError) << "attention takes float32, float16, bfloat16, int8, float8_e4m3fn and float8_e5m2.";
   return Dtype::kFloat32;
 }
 
-/// Calls `body` with a null pointer of the dtype's C++ type.
+/// Calls `body` with a null pointer of the C++ type of a float dtype.
 template <typename Body>
-void with_type(Dtype dtype, const Body& body) {
+void with_float_type(Dtype dtype, const Body& body) {
   switch (dtype) {
     case Dtype::kFloat32: return body(static_cast<float*>(nullptr));
     case Dtype::kFloat16: return body(static_cast<Half*>(nullptr));
     case Dtype::kBFloat16: return body(static_cast<BFloat16*>(nullptr));
+    default: TVM_FFI_THROW(TypeError) << "query and out must have dtype float32, float16 or bfloat16.";
+  }
+}
+
+/// The same for any dtype of pages.
+template <typename Body>
+void with_page_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kInt8: return body(static_cast<int8_t*>(nullptr));
+    case Dtype::kFloat8E4M3: return body(static_cast<Float8E4M3*>(nullptr));
+    case Dtype::kFloat8E5M2: return body(static_cast<Float8E5M2*>(nullptr));
+    default: return with_float_type(dtype, body);
   }
 }
 
 /// Pages [N, P, Hk, D] of any strides but the last, in elements.
 struct Pages {
-  explicit Pages(const TensorView& pages)
-      : start(data<char>(pages)),
-        page_stride(pages.strides()[0]),
-        offset_stride(pages.strides()[1]),
-        head_stride(pages.strides()[2]) {}
-
   template <typename T>
   const T* at(int64_t page, int64_t offset) const {
     return reinterpret_cast<const T*>(start) + page * page_stride + offset * offset_stride;
   }
 
-  const char* start;
-  int64_t page_stride, offset_stride, head_stride;
+  const char* start = nullptr;
+  int64_t page_stride = 0, offset_stride = 0, head_stride = 0;
 };
 
-/// One call: what all threads read, and where they write.
+/// Float32 scales [N, Hk, P] of any strides, one a token and head; none: all are 1.
+struct Scales {
+  const float* start = nullptr;
+  int64_t page_stride = 0, head_stride = 0, offset_stride = 0;
+};
+
+/// Angles by position: cos and sin of `half` pairs of columns each; none: keys are as they were stored.
+struct Rotation {
+  const float* table = nullptr;
+  int64_t half = 0;
+  bool interleaved = false;
+};
+
+/// One call: what all threads read, and where they write. A key row is `key_dim` columns of `keys`, then `tail_dim` of `tails`.
 struct Call {
   AttentionBatch batch;
   LogitRule rule;
-  Dtype query_dtype;
-  const void* query;
-  int64_t query_token_stride, query_head_stride;
-  Pages keys, values;
+  float value_factor;
+  Dtype query_dtype, out_dtype;
+  const void *query, *query_tail;
+  int64_t query_token_stride, query_head_stride, tail_token_stride, tail_head_stride;
+  Pages keys, tails, values;
+  int64_t key_dim, tail_dim, value_dim;
+  Scales key_scales, value_scales;
+  Rotation rotation;
   void* out;
   float* lse;
-  const float* sinks;
-  const float* alibi_slopes;
+  const float *sinks, *alibi_slopes;
   const uint8_t* mask;
   const int64_t* mask_indptr;
+  AttentionWork work;
   int64_t padded_dim, padded_value_dim;  // whole vectors
-  RowState* chunk_states = nullptr;      // of split tiles
+  RowState* chunk_states = nullptr;      // of tiles that several items compute
   float* chunk_totals = nullptr;
+
+  /// Whether key rows exist in memory as the products take them.
+  bool keys_need_unpacking() const { return tail_dim > 0 || rotation.table; }
 };
 
-inline void finish(const Call& call, const RowState& state, const float* total, int64_t token, int64_t head) {
-  const int64_t dim = call.batch.value_dim, row = token * call.batch.num_q_heads + head;
-  float* lse = call.lse ? call.lse + row : nullptr;
-  with_type(call.query_dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    finish_row(state, total, dim, static_cast<T*>(call.out) + row * dim, lse);
-  });
-}
-
-inline void load_query_row(const Call& call, int64_t token, int64_t head, float* row) {
-  const int64_t offset = token * call.query_token_stride + head * call.query_head_stride, dim = call.batch.head_dim;
-  with_type(call.query_dtype, [&](auto* type) {
-    const auto* source = static_cast<std::remove_pointer_t<decltype(type)> const*>(call.query) + offset;
-    for (int64_t d = 0; d < dim; ++d) row[d] = to_float(source[d]);
-  });
-  std::fill(row + dim, row + call.padded_dim, 0.0f);
-}
-
-/// Tokens of one head between two heads of a chunk, when pages are read in place: 8 KiB with 128 columns.
-template <typename T>
-constexpr int kDirectBlock = 64 / sizeof(T);
-
-/// Where each token of one chunk lies, before the head's offset. Entries beside the visible tokens repeat a visible one, so that
-/// tiles may run over without reading what is not the sequence's.
-template <typename T>
-struct ChunkRows {
-  static constexpr int kBlock = kDirectBlock<T>;
-  const T* key[kChunkTokens];
-  const T* value[kChunkTokens];
-  int first = 0, last = 0;
-
-  void collect(const Call& call, int64_t sequence, int64_t chunk, KeyRange visible) {
-    const int64_t start = chunk * kChunkTokens, size = call.batch.page_size;
-    first = static_cast<int>(std::max(visible.first - start, int64_t{0}));
-    last = static_cast<int>(std::min(visible.last - start, int64_t{kChunkTokens}));
-    if (first >= last) return;
-    const int32_t* pages = call.batch.page_indices + call.batch.page_indptr[sequence];
-    int64_t page = (start + first) / size, offset = (start + first) % size;
-    for (int t = first; t < last; ++t) {
-      key[t] = call.keys.at<T>(pages[page], offset);
-      value[t] = call.values.at<T>(pages[page], offset);
-      if (++offset == size) offset = 0, ++page;
-    }
-    for (int t = first & ~(kBlock - 1); t < first; ++t) key[t] = key[first], value[t] = value[first];
-    for (int t = last; t % kBlock; ++t) key[t] = key[last - 1], value[t] = value[last - 1];
+/// cos and sin of a pair at a position that may be negative.
+inline void rotate(const Rotation& rotation, int64_t position, float* row) {
+  const float* angles = rotation.table + (position < 0 ? -position : position) * rotation.half * 2;
+  const float sign = position < 0 ? -1.0f : 1.0f;
+  for (int64_t i = 0; i < rotation.half; ++i) {
+    float &a = row[rotation.interleaved ? 2 * i : i], &b = row[rotation.interleaved ? 2 * i + 1 : i + rotation.half];
+    const float cosine = angles[2 * i], sine = sign * angles[2 * i + 1], x = a, y = b;
+    a = x * cosine - y * sine;
+    b = y * cosine + x * sine;
   }
-};
+}
+
+/// One query row in float32, rotated to its position, zeros up to whole vectors.
+inline void load_query_row(const Call& call, int64_t token, int64_t head, int64_t position, float* row) {
+  with_float_type(call.query_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* source = static_cast<const T*>(call.query) + token * call.query_token_stride + head * call.query_head_stride;
+    for (int64_t d = 0; d < call.key_dim; ++d) row[d] = to_float(source[d]);
+    source = static_cast<const T*>(call.query_tail) + token * call.tail_token_stride + head * call.tail_head_stride;
+    for (int64_t d = 0; d < call.tail_dim; ++d) row[call.key_dim + d] = to_float(source[d]);
+  });
+  std::fill(row + call.key_dim + call.tail_dim, row + call.padded_dim, 0.0f);
+  if (call.rotation.table) rotate(call.rotation, position, row);
+}
+
+/// Writes the result of a row and its log-sum-exp where asked for.
+inline void finish_row(const Call& call, const RowState& state, const float* total, int64_t token, int64_t head) {
+  const int64_t dim = call.value_dim, row = token * call.batch.num_q_heads + head;
+  if (call.lse) call.lse[row] = log_sum(state);
+  with_float_type(call.out_dtype, [&](auto* type) {
+    store_result(state, total, call.value_factor, dim, static_cast<decltype(type)>(call.out) + row * dim);
+  });
+}
 
 }  // namespace pagedkv

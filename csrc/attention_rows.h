@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <limits>
 
-/// What happens to one query row between the two inner products: softmax of a chunk, and folding chunks together.
+/// What is kept of one query row from chunk to chunk, and how chunks are folded together.
 namespace pagedkv {
 
 constexpr float kNoKey = -std::numeric_limits<float>::infinity();
@@ -17,55 +17,26 @@ struct LogitRule {
   float scale, soft_cap;
 };
 
-/// What is particular to one row in one chunk: tokens [first, last) of the chunk are visible, less those that `mask` has 0 for.
+/// Entries between the scores of two rows: a chunk, and room for tiles that run over. No power of two, so that the rows of a
+/// tile do not meet in the same sets of the cache.
+constexpr int kScoreStride = 256 + 16;
+
+/// What one row sees of one chunk: tokens [first, last), less those that `mask` has 0 for.
 struct RowView {
   int first, last;
   const uint8_t* mask;  // by token of the chunk, or null
-  float alibi_slope;
-  float alibi_start;  // distance of the chunk's token 0 from the row
+};
+
+/// What variants know of a row beside its products: scales by token of the chunk (null: all 1), and positions in the sequence.
+struct RowAt {
+  int64_t query_head, position, chunk_start;
+  const float *key_scales, *value_scales;
 };
 
 /// Largest logit and sum of exponentials of one row over one chunk, or over all chunks so far; sum 0: no key seen.
 struct RowState {
   float highest = kNoKey, sum = 0;
 };
-
-/// Turns the dot products of a chunk into weights exp(logit - highest), in place; tokens not visible get no defined weight.
-/// The sum adds lane by lane in steps from token 0 of the chunk, so it does not depend on which tokens were computed beside.
-inline RowState softmax_chunk(float* scores, const LogitRule& rule, const RowView& row) {
-  constexpr int W = Vec::kLanes;
-  if (row.first >= row.last) return {};
-  const int first = row.first & ~(W - 1);
-  const Vec scale = broadcast(rule.scale), none = broadcast(kNoKey);
-  Vec top = none;
-  float iota[W];
-  for (int i = 0; i < W; ++i) iota[i] = static_cast<float>(i);
-  for (int t = first; t < row.last; t += W) {
-    Vec x = mul(load(scores + t), scale);
-    if (rule.soft_cap > 0) x = mul(broadcast(rule.soft_cap), tanh(div(x, broadcast(rule.soft_cap))));
-    if (row.alibi_slope != 0) {
-      const Vec distance = add(load(iota), broadcast(row.alibi_start + static_cast<float>(t)));
-      x = add(x, mul(broadcast(row.alibi_slope), distance));
-    }
-    if (t < row.first || t + W > row.last) x = where_lanes(row.first - t, row.last - t, x, none);
-    store(scores + t, x);
-    if (row.mask) {
-      for (int i = std::max(t, row.first); i < std::min(t + W, row.last); ++i)
-        if (!row.mask[i]) scores[i] = kNoKey;
-      x = load(scores + t);
-    }
-    top = max(x, top);
-  }
-  const float highest = reduce_max(top);
-  const Vec base = broadcast(highest == kNoKey ? 0.0f : highest);
-  Vec sum = zero();
-  for (int t = first; t < row.last; t += W) {
-    const Vec weight = exp(sub(load(scores + t), base));
-    store(scores + t, weight);
-    sum = add(sum, weight);
-  }
-  return {highest, reduce_add(sum)};
-}
 
 /// Folds the state of the next chunk into the running one. The only place where chunks meet.
 inline void fold_chunk(RowState& state, float* total, const RowState& chunk, const float* chunk_total, int64_t padded_dim) {
@@ -99,14 +70,15 @@ inline void fold_sink(RowState& state, float* total, float sink, int64_t padded_
   for (int64_t d = 0; d < padded_dim; d += Vec::kLanes) store(total + d, mul(load(total + d), broadcast(weight)));
 }
 
-/// The row's result in the dtype of `out`, and its log-sum-exp where asked for.
+inline float log_sum(const RowState& state) { return state.sum == 0 ? kNoKey : state.highest + std::log(state.sum); }
+
+/// The row's result in the dtype of `out`; exactly 0 where no key was seen.
 template <typename T>
-inline void finish_row(const RowState& state, const float* total, int64_t dim, T* out, float* lse) {
+inline void store_result(const RowState& state, const float* total, float factor, int64_t dim, T* out) {
   const bool empty = state.sum == 0;
-  if (lse) *lse = empty ? kNoKey : state.highest + std::log(state.sum);
   for (int64_t d = 0; d < dim; d += 8) {
     float result[8];
-    for (int i = 0; i < 8; ++i) result[i] = empty ? 0.0f : total[d + i] / state.sum;
+    for (int i = 0; i < 8; ++i) result[i] = empty ? 0.0f : total[d + i] / state.sum * factor;
     store8_as(out + d, result);
   }
 }

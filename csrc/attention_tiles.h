@@ -10,89 +10,133 @@
 /// lanes; one output element is one chain over tokens in order. So tile shapes are free: they never change a bit.
 namespace pagedkv {
 
-/// Rows found through a list of addresses, `offset` elements further on.
+/// Rows found through a list of addresses, `offset` elements further on. While a row is worked on, the loads of the row `lead`
+/// entries later start: the hardware follows neither a page table nor a head's stride.
 template <typename T>
 struct ListedRows {
   using Element = T;
   const T* const* rows;
   int64_t offset;
+  int lead = 0;
+
   const T* operator()(int token) const { return rows[token] + offset; }
+  void load_ahead(int token, int64_t column) const { prefetch(rows[token + lead] + offset + column); }
 };
 
-/// Rows at one distance from each other.
+/// Rows at one distance from each other, in a cache already.
 struct PackedRows {
   using Element = float;
   const float* start;
   int64_t stride;
+
   const float* operator()(int token) const { return start + token * stride; }
+  void load_ahead(int, int64_t) const {}
 };
 
-/// Starts the loads of rows that a later unit of work reads, a few rows between two tiles: the hardware follows neither a
-/// page table nor a head's stride.
+/// Rows of which only those up to `last` exist; what is asked for beyond is `last` again.
+template <typename Rows>
+struct FewRows {
+  using Element = typename Rows::Element;
+  const Rows& rows;
+  int last;
+
+  const Element* operator()(int token) const { return rows(std::min(token, last)); }
+  void load_ahead(int, int64_t) const {}
+};
+
 template <typename T>
+constexpr int kColumnsALine = 64 / static_cast<int>(sizeof(T));
+
+/// Starts the loads of the rows of a later block, a few rows between two tiles.
 class RowPrefetcher {
  public:
   RowPrefetcher() = default;
-  RowPrefetcher(const T* const* rows, int64_t offset, int num_rows, int64_t row_length, int64_t num_steps)
-      : rows_(rows),
-        end_(rows + num_rows),
-        offset_(offset),
+
+  template <typename T>
+  RowPrefetcher(const ListedRows<T>& rows, int first, int num_rows, int64_t row_length, int64_t num_steps)
+      : rows_(reinterpret_cast<const char* const*>(rows.rows + first)),
+        end_(rows_ + num_rows),
+        offset_(rows.offset * static_cast<int64_t>(sizeof(T))),
         row_bytes_(row_length * static_cast<int64_t>(sizeof(T))),
         rows_a_step_(static_cast<int>((num_rows + num_steps - 1) / num_steps)) {}
 
   void step() {
     for (int i = 0; i < rows_a_step_ && rows_ < end_; ++i, ++rows_) {
-      const char* row = reinterpret_cast<const char*>(*rows_ + offset_);
+      const char* row = *rows_ + offset_;
       for (int64_t at = 0; at < row_bytes_; at += 64) prefetch(row + at);
     }
   }
 
  private:
-  const T* const* rows_ = nullptr;
-  const T* const* end_ = nullptr;
+  const char* const* rows_ = nullptr;
+  const char* const* end_ = nullptr;
   int64_t offset_ = 0, row_bytes_ = 0;
   int rows_a_step_ = 0;
 };
 
+/// Where the sums of products over a part of the columns wait for the next part: one vector a row and token, `row_stride` floats
+/// between rows; none: all columns are taken at once.
+struct PartialSums {
+  float* start = nullptr;
+  int64_t row_stride = 0;
+  bool resume = false, finish = true;
+};
+
 /// scores[r][t] = query[r] . rows(t) for kRows rows and the kTokens tokens from `token` on. `query` rows are padded with zeros
-/// to whole vectors.
+/// to whole vectors. `partial` starts at the row and token of the tile.
 template <int kRows, int kTokens, typename Rows>
-inline void score_tile(const float* query, int64_t query_stride, const Rows& rows, int token, int dim, float* scores,
-                       int64_t score_stride) {
+[[gnu::noinline]] void score_tile(const float* query, int64_t query_stride, const Rows& rows, int token, int dim,
+                                  float* scores, int64_t score_stride, PartialSums partial = {}) {
   constexpr int W = Vec::kLanes;
-  using T = typename Rows::Element;
-  const T* key[kTokens];
+  decltype(rows(0)) key[kTokens];
   for (int t = 0; t < kTokens; ++t) key[t] = rows(token + t);
   Vec sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) sum[r][t] = zero();
-  int d = 0;
-  for (; d + W <= dim; d += W) {
-    Vec q[kRows];
-    for (int r = 0; r < kRows; ++r) q[r] = load(query + r * query_stride + d);
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec k = load(key[t] + d);
-      for (int r = 0; r < kRows; ++r) sum[r][t] = fma(q[r], k, sum[r][t]);
+    for (int t = 0; t < kTokens; ++t)
+      sum[r][t] = partial.resume ? load(partial.start + r * partial.row_stride + t * W) : zero();
+  // The shorter side waits in registers while the longer passes: sums and operands just fill the register file.
+  const auto add_products = [&](int d) {
+    if constexpr (kTokens < kRows) {
+      Vec k[kTokens];
+      for (int t = 0; t < kTokens; ++t) k[t] = load(key[t] + d);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec q = load(query + r * query_stride + d);
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = fma(q, k[t], sum[r][t]);
+      }
+    } else {
+      Vec q[kRows];
+      for (int r = 0; r < kRows; ++r) q[r] = load(query + r * query_stride + d);
+      for (int t = 0; t < kTokens; ++t) {
+        const Vec k = load(key[t] + d);
+        for (int r = 0; r < kRows; ++r) sum[r][t] = fma(q[r], k, sum[r][t]);
+      }
     }
+  };
+  constexpr int kLine = kColumnsALine<typename Rows::Element>;
+  int d = 0;
+  for (; d + kLine <= dim; d += kLine) {
+    for (int t = 0; t < kTokens; ++t) rows.load_ahead(token + t, d);
+    for (int column = d; column < d + kLine; column += W) add_products(column);
   }
+  for (; d + W <= dim; d += W) add_products(d);
   if (W == 16 && d < dim) {
     for (int t = 0; t < kTokens; ++t) {
       const Vec k = load_lower(key[t] + d);
       for (int r = 0; r < kRows; ++r) sum[r][t] = fma(load(query + r * query_stride + d), k, sum[r][t]);
     }
   }
-  if constexpr (kTokens % 4 == 0) {
+  if (!partial.finish) {
     for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kTokens; t += 4)
-        reduce4(sum[r][t], sum[r][t + 1], sum[r][t + 2], sum[r][t + 3], scores + r * score_stride + token + t);
-  } else {
-    static_assert(kRows == 4, "sums are taken four at a time");
-    for (int t = 0; t < kTokens; ++t) {
-      float of_rows[4];
-      reduce4(sum[0][t], sum[1][t], sum[2][t], sum[3][t], of_rows);
-      for (int r = 0; r < 4; ++r) scores[r * score_stride + token + t] = of_rows[r];
-    }
+      for (int t = 0; t < kTokens; ++t) store(partial.start + r * partial.row_stride + t * W, sum[r][t]);
+    return;
   }
+  constexpr int kSums = kRows * kTokens;
+  float sums[kSums + 3];
+  for (int i = 0; i < kSums; i += 4) {
+    const auto nth = [&](int n) { return n < kSums ? sum[n % kRows][n / kRows] : zero(); };
+    reduce4(nth(i), nth(i + 1), nth(i + 2), nth(i + 3), sums + i);
+  }
+  for (int i = 0; i < kSums; ++i) scores[i % kRows * score_stride + token + i / kRows] = sums[i];
 }
 
 /// total[r][.] += weights[r][t] * rows(t)[.] over tokens [first, last), for kRows rows and kVecs vectors.
@@ -103,7 +147,10 @@ inline void value_tile(const float* weights, int64_t weight_stride, const Rows& 
   Vec sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int j = 0; j < kVecs; ++j) sum[r][j] = load(total + r * total_stride + column + j * W);
+  constexpr int kLine = kColumnsALine<typename Rows::Element>, kLines = (kVecs * W + kLine - 1) / kLine;
   for (int t = first; t < last; ++t) {
+    for (int line = 0; line + 1 < kLines; ++line) rows.load_ahead(t, column + line * kLine);
+    rows.load_ahead(t, column + kVecs * W - 1);
     const auto* value = rows(t) + column;
     Vec v[kVecs];
     for (int j = 0; j < kVecs; ++j) v[j] = kLower ? load_lower(value + j * W) : load(value + j * W);
@@ -121,7 +168,7 @@ constexpr int score_tokens(int rows) {
 #if defined(__AVX512F__)
   return rows <= 2 ? 8 : 4;
 #else
-  return rows == 1 ? 8 : (rows <= 3 ? 4 : 2);
+  return rows == 1 ? 8 : (rows == 2 ? 6 : (rows == 3 ? 4 : (rows == 4 ? 3 : 2)));
 #endif
 }
 
@@ -130,7 +177,7 @@ constexpr int value_vecs(int rows) {
 #if defined(__AVX512F__)
   return rows <= 2 ? 8 : 4;
 #else
-  return rows == 1 ? 8 : (rows <= 3 ? 4 : 2);
+  return rows == 1 ? 8 : (rows <= 3 ? 4 : (rows == 4 ? 3 : 2));
 #endif
 }
 
@@ -139,46 +186,57 @@ constexpr int kDirectTile = 4;
 #if defined(__AVX512F__)
 constexpr int kPackedScoreTile = 6;
 #else
-constexpr int kPackedScoreTile = 3;
+constexpr int kPackedScoreTile = 4;
 #endif
 constexpr int kPackedValueTile = 6;
-
-/// Scores of `num_rows` (<= kRows) rows and tokens [first, last); last - first is a multiple of 8.
+/// Scores of `num_rows` (<= kRows) rows and tokens [first, last). Tiles that do not divide the tokens step back; where that
+/// is not possible, up to 7 scores and sums beyond `last` become undefined.
 template <int kRows, typename Rows>
 inline void score_rows(int num_rows, const float* query, int64_t query_stride, const Rows& rows, int first, int last,
-                       int dim, float* scores, int64_t score_stride, RowPrefetcher<typename Rows::Element>& next) {
+                       int dim, float* scores, int64_t score_stride, RowPrefetcher& next, PartialSums partial = {}) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows)
-      return score_rows<kRows - 1>(num_rows, query, query_stride, rows, first, last, dim, scores, score_stride, next);
+      return score_rows<kRows - 1>(num_rows, query, query_stride, rows, first, last, dim, scores, score_stride, next,
+                                   partial);
   }
   constexpr int kTokens = score_tokens(kRows);
+  // A token whose sums wait must not be added to twice.
+  const bool may_step_back = last - first >= kTokens && !partial.start;
   for (int t = first; t < last; t += kTokens) {
     next.step();
-    score_tile<kRows, kTokens>(query, query_stride, rows, t, dim, scores, score_stride);
+    if (t + kTokens <= last || may_step_back) {
+      score_tile<kRows, kTokens>(query, query_stride, rows, std::min(t, last - kTokens), dim, scores, score_stride,
+                                 partial);
+    } else {
+      const FewRows<Rows> few{rows, last - 1};
+      score_tile<kRows, kTokens>(query, query_stride, few, t, dim, scores, score_stride, partial);
+    }
+    if (partial.start) partial.start += kTokens * Vec::kLanes;
   }
 }
 
 /// `value_tile` over columns [column, dim), kVecs vectors at a time, then narrower.
 template <int kRows, int kVecs, typename Rows>
 inline void value_columns(const float* weights, int64_t weight_stride, const Rows& rows, int first, int last, int column,
-                          int dim, float* total, int64_t total_stride, RowPrefetcher<typename Rows::Element>& next) {
+                          int dim, float* total, int64_t total_stride, RowPrefetcher& next) {
   constexpr int W = Vec::kLanes;
-  for (; column + kVecs * W <= dim; column += kVecs * W) {
+  // Four vectors left over from threes are two tiles of two, not one of three and one of a single vector.
+  for (; column + kVecs * W <= dim && !(kVecs == 3 && column + 4 * W == dim); column += kVecs * W) {
     next.step();
     value_tile<kRows, kVecs, false>(weights, weight_stride, rows, first, last, column, total, total_stride);
   }
   if (column >= dim) return;
   if constexpr (kVecs > 1) {
-    value_columns<kRows, kVecs / 2>(weights, weight_stride, rows, first, last, column, dim, total, total_stride, next);
+    value_columns<kRows, (kVecs + 1) / 2>(weights, weight_stride, rows, first, last, column, dim, total, total_stride, next);
   } else if constexpr (W > 8) {
     value_tile<kRows, 1, true>(weights, weight_stride, rows, first, last, column, total, total_stride);
   }
 }
 
-/// Weighted values of `num_rows` (<= kRows) rows over tokens [first, last).
+/// Weighted values of `num_rows` (<= kRows) rows over tokens [first, last); columns [0, dim) of rows and totals.
 template <int kRows, typename Rows>
 inline void value_rows(int num_rows, const float* weights, int64_t weight_stride, const Rows& rows, int first, int last,
-                       int dim, float* total, int64_t total_stride, RowPrefetcher<typename Rows::Element>& next) {
+                       int dim, float* total, int64_t total_stride, RowPrefetcher& next) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows)
       return value_rows<kRows - 1>(num_rows, weights, weight_stride, rows, first, last, dim, total, total_stride, next);

@@ -1,9 +1,9 @@
 #pragma once
 
 #include "attention_call.h"
-#include "attention_rows.h"
+#include "attention_chunk.h"
+#include "attention_softmax.h"
 #include "attention_tiles.h"
-#include "attention_work.h"
 #include "scratch.h"
 
 #include <algorithm>
@@ -11,199 +11,283 @@
 /// What one thread does with one item of work.
 namespace pagedkv {
 
-/// Such blocks between a prefetch and its use. One block is too late, and more than these gain nothing.
-constexpr int kUnitsAhead = 6;
-/// Tokens unpacked at a time: K or V of 128 columns then fit the first-level cache.
-constexpr int kPackedBlock = 32;
-
-/// One thread's view of a call: scratch for one item, reused from item to item. Rows are ordered head, token, head of the group.
+/// Tokens of one head between two heads when values are read in place: few, so that memory is walked nearly in order and the
+/// hardware follows, but enough to pay for loading and storing the sums of a tile.
+constexpr int kValueBlock = 8;
+/// One thread's view of a call: scratch for one item, reused from item to item. The rows of an item are those of its tiles one
+/// after the other; every array of rows has them all for the first KV head, then for the next.
 template <typename T>
 class Worker {
-  static constexpr int kBlock = kDirectBlock<T>;
-
  public:
-  static int64_t num_floats(const Call& call, int64_t rows) {
+  static int64_t num_floats(const Call& call) {
     int64_t floats = 0;
-    Worker(call, rows, nullptr, &floats);
+    Worker(call, nullptr, &floats);
     return floats;
   }
 
-  Worker(const Call& call, int64_t rows, float* scratch, int64_t* floats_used = nullptr) : call_(call) {
+  Worker(const Call& call, float* scratch, int64_t* floats_used = nullptr)
+      : call_(call), softmax_(softmax_of(call)) {
+    const int64_t rows = call.work.most_rows;
     Carver carver(scratch);
     query_ = carver.take<float>(rows * call.padded_dim);
-    scores_ = carver.take<float>(rows * kChunkTokens);
+    scores_ = carver.take<float>(rows * kScoreStride);
     chunk_total_ = carver.take<float>(rows * call.padded_value_dim);
     total_ = carver.take<float>(rows * call.padded_value_dim);
-    unpacked_ = carver.take<float>(kPackedBlock * std::max(call.padded_dim, call.padded_value_dim));
+    const int64_t panel = std::max(key_panel(), std::min(call.padded_value_dim, kPanel));
+    unpacked_ = carver.take<float>(kPackedBlock * (panel + kUnpackedPad));
+    partial_ = carver.take<float>(key_panel() < call.padded_dim ? rows * kPartialStride : 0);
+    key_scales_ = carver.take<float>(kScoreStride);
+    value_scales_ = carver.take<float>(kScoreStride);
     state_ = carver.take<RowState>(rows);
     chunk_state_ = carver.take<RowState>(rows);
+    rows_ = carver.take<Row>(rows);
     views_ = carver.take<RowView>(rows);
     if (floats_used) *floats_used = carver.num_floats();
   }
 
   void run(const AttentionItem& item) {
     begin(item);
-    ChunkRows<T> rows[2];
-    rows[item.chunk_first & 1].collect(call_, item.sequence, item.chunk_first, visible_);
+    ChunkRows<T> chunks[2];
+    collect(item.chunk_first, chunks[item.chunk_first & 1]);
     for (int64_t chunk = item.chunk_first; chunk < item.chunk_last; ++chunk) {
-      ChunkRows<T>&here = rows[chunk & 1], &next = rows[(chunk + 1) & 1];
-      next.collect(call_, item.sequence, chunk + 1, visible_);
-      if (here.first >= here.last) continue;
+      ChunkRows<T>&here = chunks[chunk & 1], &next = chunks[(chunk + 1) & 1];
+      collect(chunk + 1, next);
+      here.lead_to(here.value + here.first, here.last - here.first, next.key + next.first, next.last - next.first);
+      chunk_start_ = chunk * kChunkTokens;
       view_rows(chunk);
-      std::fill(chunk_total_, chunk_total_ + num_rows_ * call_.padded_value_dim, 0.0f);
-      const bool direct = rows_a_head_ <= kDirectRows;
-      direct ? score_direct(here, next) : score_packed(here);
-      for (int64_t r = 0; r < num_rows_; ++r)
-        chunk_state_[r] = softmax_chunk(scores_ + r * kChunkTokens, call_.rule, views_[r]);
-      direct ? weigh_direct(here, next) : weigh_packed(here);
+      std::fill(chunk_total_, chunk_total_ + num_heads_ * num_rows_ * call_.padded_value_dim, 0.0f);
+      score(here, 0, num_rows_);
+      for_each_own_part(chunk, [&](const ChunkRows<T>& own, int first, int last) { score(own, first, last); });
+      soften(chunk, here);
+      weigh(here, 0, num_rows_);
+      for_each_own_part(chunk, [&](const ChunkRows<T>& own, int first, int last) { weigh(own, first, last); });
       leave_chunk(chunk);
     }
-    if (item.state < 0) finish_item();
+    if (tile(0).state < 0) finish_item();
   }
 
  private:
+  struct Row {
+    KeyRange keys;
+    int64_t token, position, mask;  // mask: where the row's mask begins
+    int head;                       // of the group
+  };
+
+  const AttentionTile& tile(int64_t member) const {
+    return call_.work.tiles[call_.work.members[item_->member_first + member]];
+  }
+  int64_t num_members() const { return item_->member_last - item_->member_first; }
+  int64_t query_head(int64_t head, int row) const {
+    return (item_->head_first + head) * call_.batch.group + rows_[row].head;
+  }
+
   void begin(const AttentionItem& item) {
     const AttentionBatch& batch = call_.batch;
     item_ = &item;
-    query_start_ = batch.query_indptr[item.sequence];
-    query_len_ = batch.query_indptr[item.sequence + 1] - query_start_;
-    kv_len_ = batch.seq_lens[item.sequence];
-    num_tokens_ = item.token_last - item.token_first;
-    rows_a_head_ = static_cast<int>(num_tokens_ * batch.group);
     num_heads_ = item.head_last - item.head_first;
-    num_rows_ = rows_a_head_ * num_heads_;
-    visible_ = {visible_keys(batch, kv_len_, query_len_, item.token_first).first,
-                visible_keys(batch, kv_len_, query_len_, item.token_last - 1).last};
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      state_[r] = {};
-      load_query_row(call_, token_of(r), head_of(r), query_ + r * call_.padded_dim);
+    num_rows_ = 0;
+    visible_ = {INT64_MAX, 0};
+    for (int64_t member = 0; member < num_members(); ++member) {
+      const AttentionTile& rows = tile(member);
+      const int64_t kv_len = batch.seq_lens[rows.sequence], q_len = batch.query_len(rows.sequence);
+      for (int64_t row = rows.row_first; row < rows.row_last; ++row) {
+        const int64_t token = row / batch.group;
+        const KeyRange keys = visible_keys(batch, rows.sequence, token);
+        if (keys.first < keys.last)
+          visible_ = {std::min(visible_.first, keys.first), std::max(visible_.last, keys.last)};
+        const int64_t mask = call_.mask ? call_.mask_indptr[rows.sequence] + token * kv_len : 0;
+        rows_[num_rows_++] = {keys, batch.query_indptr[rows.sequence] + token, kv_len - q_len + token, mask,
+                              static_cast<int>(row % batch.group)};
+      }
+    }
+    if (visible_.first > visible_.last) visible_ = {0, 0};
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      for (int row = 0; row < num_rows_; ++row) {
+        state_[head * num_rows_ + row] = {};
+        load_query_row(call_, rows_[row].token, query_head(head, row), rows_[row].position,
+                       query_ + (head * num_rows_ + row) * call_.padded_dim);
+      }
     }
   }
 
-  int64_t token_in_sequence(int64_t row) const { return item_->token_first + row % rows_a_head_ / call_.batch.group; }
-  int64_t token_of(int64_t row) const { return query_start_ + token_in_sequence(row); }
-  int64_t head_of(int64_t row) const {
-    return (item_->head_first + row / rows_a_head_) * call_.batch.group + row % call_.batch.group;
+  /// The rows of keys that all members have in common.
+  void collect(int64_t chunk, ChunkRows<T>& rows) const {
+    const int64_t start = chunk * kChunkTokens, common = chunk + 1 < item_->chunk_last ? kChunkTokens : item_->shared_tokens;
+    rows.first = rows.last = 0;
+    if (chunk < item_->chunk_last)
+      rows.collect(call_, tile(0).sequence, chunk, {visible_.first - start, std::min(visible_.last - start, common)});
+  }
+
+  /// Calls `body` for each member with what it alone sees of the chunk; loads run ahead into what the next one does.
+  template <typename Body>
+  void for_each_own_part(int64_t chunk, const Body& body) const {
+    if (chunk + 1 < item_->chunk_last || item_->shared_tokens == kChunkTokens) return;
+    ChunkRows<T> parts[2];
+    own_part(chunk, 0, parts[0]);
+    int first = 0;
+    for (int64_t member = 0; member < num_members(); ++member) {
+      ChunkRows<T>&own = parts[member & 1], &next = parts[(member + 1) & 1];
+      own_part(chunk, member + 1, next);
+      own.lead_to(next.key + next.first, next.last - next.first, next.value + next.first, next.last - next.first);
+      const int last = first + static_cast<int>(tile(member).rows());
+      if (!own.empty()) body(own, first, last);
+      first = last;
+    }
+  }
+
+  void own_part(int64_t chunk, int64_t member, ChunkRows<T>& rows) const {
+    rows.first = rows.last = 0;
+    if (member >= num_members()) return;
+    const int64_t start = chunk * kChunkTokens, sequence = tile(member).sequence;
+    const int64_t first = visible_keys(call_.batch, sequence, tile(member).row_first / call_.batch.group).first;
+    const int64_t last = visible_keys(call_.batch, sequence, (tile(member).row_last - 1) / call_.batch.group).last;
+    rows.collect(call_, sequence, chunk, {std::max(first - start, item_->shared_tokens), last - start});
   }
 
   void view_rows(int64_t chunk) {
     const int64_t start = chunk * kChunkTokens;
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      const int64_t token = token_in_sequence(r);
-      const KeyRange keys = visible_keys(call_.batch, kv_len_, query_len_, token);
-      RowView& view = views_[r];
-      view.first = static_cast<int>(std::max(keys.first - start, int64_t{0}));
-      view.last = static_cast<int>(std::min(keys.last - start, int64_t{kChunkTokens}));
+    all_see_ = {0, call_.mask ? 0 : kChunkTokens};
+    for (int row = 0; row < num_rows_; ++row) {
+      RowView& view = views_[row];
+      view.first = static_cast<int>(std::max(rows_[row].keys.first - start, int64_t{0}));
+      view.last = static_cast<int>(std::min(rows_[row].keys.last - start, int64_t{kChunkTokens}));
       if (view.first >= view.last) view.first = view.last = 0;
-      view.mask = call_.mask ? call_.mask + call_.mask_indptr[item_->sequence] + token * kv_len_ + start : nullptr;
-      view.alibi_slope = call_.alibi_slopes ? call_.alibi_slopes[head_of(r)] : 0.0f;
-      view.alibi_start = static_cast<float>(start - (kv_len_ - query_len_ + token));
+      view.mask = call_.mask ? call_.mask + rows_[row].mask + start : nullptr;
+      all_see_ = {std::max<int64_t>(all_see_.first, view.first), std::min<int64_t>(all_see_.last, view.last)};
     }
   }
 
-  ListedRows<T> key_rows(const ChunkRows<T>& chunk, int64_t head) const {
-    return {chunk.key, (item_->head_first + head) * call_.keys.head_stride};
-  }
-  ListedRows<T> value_rows_of(const ChunkRows<T>& chunk, int64_t head) const {
-    return {chunk.value, (item_->head_first + head) * call_.values.head_stride};
+  bool in_place(int rows) const { return rows <= kDirectRows && !call_.keys_need_unpacking(); }
+
+  /// Dot products of rows [row_first, row_last) of every head with the keys of a chunk.
+  void score(const ChunkRows<T>& chunk, int row_first, int row_last) {
+    if (!in_place(row_last - row_first)) {
+      for (int64_t head = 0; head < num_heads_; ++head) score_unpacked(chunk, head, row_first, row_last);
+      return;
+    }
+    RowPrefetcher none;
+    const int step = 2 * score_tokens(std::min(row_last - row_first, kDirectTile));
+    // A few tokens at a time, all heads in turn: memory is walked nearly in order in either layout.
+    for (int block = chunk.first; block < chunk.last; block += step) {
+      const int last = std::min(block + step, chunk.last);
+      for (int64_t head = 0; head < num_heads_; ++head) {
+        for (int row = row_first; row < row_last; row += kDirectTile)
+          score_rows<kDirectTile>(std::min(kDirectTile, row_last - row), query(head, row), call_.padded_dim,
+                                  chunk.keys(call_, item_->head_first + head, row == row_first ? kTokensAhead : 0), block,
+                                  last, static_cast<int>(call_.key_dim), scores(head, row), kScoreStride, none);
+      }
+    }
   }
 
-  /// Block by block through the chunk, all heads of a block in turn: memory is walked nearly in order in either layout.
-  void score_direct(const ChunkRows<T>& chunk, const ChunkRows<T>& following) {
-    const int dim = static_cast<int>(call_.batch.head_dim);
-    const int tile = std::min(rows_a_head_, kDirectTile);
-    const int64_t steps = (rows_a_head_ + kDirectTile - 1) / kDirectTile * (kBlock / score_tokens(tile));
-    int64_t unit = 0;
-    for (int block = first_block(chunk); block < chunk.last; block += kBlock) {
-      for (int64_t head = 0; head < num_heads_; ++head) {
-        RowPrefetcher<T> ahead = prefetcher(chunk, following, unit++ + kUnitsAhead, steps);
-        for (int r = 0; r < rows_a_head_; r += kDirectTile) {
-          const int64_t row = head * rows_a_head_ + r;
-          score_rows<kDirectTile>(std::min(kDirectTile, rows_a_head_ - r), query_ + row * call_.padded_dim,
-                                  call_.padded_dim, key_rows(chunk, head), block, block + kBlock, dim,
-                                  scores_ + row * kChunkTokens, kChunkTokens, ahead);
+  /// Columns that are unpacked together: all of a row that must be rotated.
+  int64_t key_panel() const { return call_.rotation.table ? call_.padded_dim : std::min(call_.padded_dim, kPanel); }
+
+  /// Unpacks block by block, and blocks of wide rows panel by panel; each panel serves all rows.
+  void score_unpacked(const ChunkRows<T>& chunk, int64_t head, int row_first, int row_last) {
+    const int64_t panel = key_panel(), stride = panel + kUnpackedPad, dim = call_.padded_dim;
+    const int64_t tiles = (row_last - row_first + kPackedScoreTile - 1) / kPackedScoreTile;
+    for (int block = chunk.first; block < chunk.last; block += kPackedBlock) {
+      const int last = std::min(block + kPackedBlock, chunk.last);
+      RowPrefetcher next(chunk.keys(call_, item_->head_first + head), last, kPackedBlock, call_.key_dim,
+                         tiles * (kPackedBlock / score_tokens(kPackedScoreTile)));
+      for (int64_t column = 0; column < dim; column += panel) {
+        const int64_t width = std::min(panel, dim - column);
+        unpack_keys(chunk, head, block, last, column, column + width, stride);
+        const PackedRows rows{unpacked_ - block * stride, stride};
+        for (int row = row_first; row < row_last; row += kPackedScoreTile) {
+          const int count = std::min(kPackedScoreTile, row_last - row);
+          const auto [seen_first, seen_last] = seen_by_any(row, count, block, last);
+          PartialSums partial;
+          if (panel < dim) partial = {partial_ + row * kPartialStride, kPartialStride, column > 0, column + width >= dim};
+          score_rows<kPackedScoreTile>(count, query(head, row) + column, dim, rows, static_cast<int>(seen_first),
+                                       static_cast<int>(seen_last), static_cast<int>(width), scores(head, row),
+                                       kScoreStride, next, partial);
         }
       }
     }
   }
 
-  void weigh_direct(const ChunkRows<T>& chunk, const ChunkRows<T>& following) {
-    const int tile = std::min(rows_a_head_, kDirectTile);
-    const int64_t steps = (rows_a_head_ + kDirectTile - 1) / kDirectTile *
-                          std::max<int64_t>(1, call_.batch.value_dim / (value_vecs(tile) * Vec::kLanes));
-    int64_t unit = num_blocks(chunk) * num_heads_;
-    for (int block = first_block(chunk); block < chunk.last; block += kBlock) {
-      for (int64_t head = 0; head < num_heads_; ++head) {
-        RowPrefetcher<T> ahead = prefetcher(chunk, following, unit++ + kUnitsAhead, steps);
-        for (int r = 0; r < rows_a_head_; r += kDirectTile)
-          weigh_rows<kDirectTile>(head * rows_a_head_ + r, std::min(kDirectTile, rows_a_head_ - r),
-                                  value_rows_of(chunk, head), 0, block, block + kBlock, ahead);
-      }
-    }
-  }
-
-  static int first_block(const ChunkRows<T>& chunk) { return chunk.first & ~(kBlock - 1); }
-  static int64_t num_blocks(const ChunkRows<T>& chunk) {
-    return (chunk.last - first_block(chunk) + kBlock - 1) / kBlock;
-  }
-
-  /// Loads of the unit-th (block, head) of a chunk: first its keys, then its values, then the keys of the chunk that follows.
-  RowPrefetcher<T> prefetcher(const ChunkRows<T>& chunk, const ChunkRows<T>& following, int64_t unit, int64_t steps) const {
-    const int64_t a_side = num_blocks(chunk) * num_heads_;
-    if (unit < a_side) {
-      return {chunk.key + first_block(chunk) + unit / num_heads_ * kBlock, key_rows(chunk, unit % num_heads_).offset,
-              kBlock, call_.batch.head_dim, steps};
-    }
-    unit -= a_side;
-    if (unit < a_side) {
-      return {chunk.value + first_block(chunk) + unit / num_heads_ * kBlock,
-              value_rows_of(chunk, unit % num_heads_).offset, kBlock, call_.batch.value_dim, steps};
-    }
-    unit -= a_side;
-    if (following.first >= following.last || unit >= num_blocks(following) * num_heads_) return {};
-    return {following.key + first_block(following) + unit / num_heads_ * kBlock,
-            key_rows(following, unit % num_heads_).offset, kBlock, call_.batch.head_dim, steps};
-  }
-
-  /// Unpacks block by block; each block serves all rows of the tile.
-  void score_packed(const ChunkRows<T>& chunk) {
-    const int dim = static_cast<int>(call_.padded_dim);
-    RowPrefetcher<float> none;
-    for (int block = chunk.first & ~(kPackedBlock - 1); block < chunk.last; block += kPackedBlock) {
-      const int first = std::max(block, chunk.first & ~7), last = std::min(block + kPackedBlock, (chunk.last + 7) & ~7);
-      unpack(key_rows(chunk, 0), first, last, block, call_.batch.head_dim, dim);
-      const PackedRows rows{unpacked_, dim};
-      for (int r = 0; r < rows_a_head_; r += kPackedScoreTile) {
-        const int count = std::min(kPackedScoreTile, rows_a_head_ - r);
-        const KeyRange seen = seen_by_any(r, count, first, last);
-        if (seen.first >= seen.last) continue;
-        score_rows<kPackedScoreTile>(count, query_ + int64_t{r} * dim, dim, rows, (static_cast<int>(seen.first) & ~7) - block,
-                                     ((static_cast<int>(seen.last) + 7) & ~7) - block, dim,
-                                     scores_ + int64_t{r} * kChunkTokens + block, kChunkTokens, none);
-      }
-    }
-  }
-
-  void weigh_packed(const ChunkRows<T>& chunk) {
-    const int64_t dim = call_.padded_value_dim;
-    RowPrefetcher<float> none;
-    for (int block = chunk.first & ~(kPackedBlock - 1); block < chunk.last; block += kPackedBlock) {
-      const int first = std::max(block, chunk.first), last = std::min(block + kPackedBlock, chunk.last);
-      unpack(value_rows_of(chunk, 0), first, last, block, call_.batch.value_dim, dim);
-      const PackedRows rows{unpacked_, dim};
-      for (int r = 0; r < rows_a_head_; r += kPackedValueTile)
-        weigh_rows<kPackedValueTile>(r, std::min(kPackedValueTile, rows_a_head_ - r), rows, block, first, last, none);
-    }
-  }
-
-  void unpack(const ListedRows<T>& rows, int first, int last, int block, int64_t dim, int64_t padded_dim) {
-    constexpr int W = Vec::kLanes;
+  /// Columns [column_first, column_last) of key rows [first, last).
+  void unpack_keys(const ChunkRows<T>& chunk, int64_t head, int first, int last, int64_t column_first,
+                   int64_t column_last, int64_t stride) {
+    const int64_t at = item_->head_first + head, end = call_.key_dim;
+    ListedRows<T> keys = chunk.keys(call_, at), tails = chunk.tails(call_, at);
+    keys.offset += column_first;
+    tails.offset += std::max<int64_t>(0, column_first - end);
+    const int64_t key_width = std::clamp<int64_t>(end - column_first, 0, column_last - column_first);
+    const int64_t tail_width = std::min(column_last, end + call_.tail_dim) - std::max(column_first, end);
     for (int t = first; t < last; ++t) {
-      const T* source = rows(t);
-      float* target = unpacked_ + (t - block) * padded_dim;
-      int64_t d = 0;
-      for (; d + W <= dim; d += W) store(target + d, load(source + d));
-      if (d < dim) store(target + d, load_lower(source + d));
+      // One row after the other: where vectors are wider than a row's end, the next row writes over what it spilled.
+      float* row = unpacked_ + (t - first) * stride;
+      unpack_rows(keys, t, t + 1, key_width, row, stride);
+      if (tail_width > 0) unpack_rows(tails, t, t + 1, tail_width, row + key_width, stride);
+      if (call_.rotation.table) rotate(call_.rotation, chunk_start_ + t, row);
+    }
+  }
+
+  /// Products to weights, row by row.
+  void soften(int64_t chunk, const ChunkRows<T>& here) {
+    const bool scaled = call_.key_scales.start || call_.value_scales.start;
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      if (scaled) load_scales(chunk, head, tile(0).sequence, here.first, here.last);
+      int row = 0;
+      for (int64_t member = 0; member < num_members(); ++member) {
+        const int last = row + static_cast<int>(tile(member).rows());
+        if (scaled && here.last < kChunkTokens) {
+          int tail_last = here.last;
+          for (int r = row; r < last; ++r) tail_last = std::max(tail_last, views_[r].last);
+          load_scales(chunk, head, tile(member).sequence, here.last, tail_last);
+        }
+        for (; row < last; ++row) {
+          const RowAt at{query_head(head, row), rows_[row].position, chunk_start_,
+                         call_.key_scales.start ? key_scales_ : nullptr, call_.value_scales.start ? value_scales_ : nullptr};
+          chunk_state_[head * num_rows_ + row] = softmax_(scores(head, row), call_, views_[row], at);
+        }
+      }
+    }
+  }
+
+  void load_scales(int64_t chunk, int64_t head, int64_t sequence, int first, int last) {
+    const int64_t at = item_->head_first + head;
+    if (call_.key_scales.start) copy_scales(call_.key_scales, call_.batch, sequence, chunk, at, first, last, key_scales_);
+    if (call_.value_scales.start)
+      copy_scales(call_.value_scales, call_.batch, sequence, chunk, at, first, last, value_scales_);
+  }
+
+  /// Adds the weighted values of a chunk to rows [row_first, row_last) of every head.
+  void weigh(const ChunkRows<T>& chunk, int row_first, int row_last) {
+    if (!in_place(row_last - row_first)) {
+      for (int64_t head = 0; head < num_heads_; ++head) weigh_unpacked(chunk, head, row_first, row_last);
+      return;
+    }
+    RowPrefetcher none;
+    columns_ = {0, call_.value_dim};
+    for (int block = chunk.first; block < chunk.last; block += kValueBlock) {
+      const int last = std::min(block + kValueBlock, chunk.last);
+      for (int64_t head = 0; head < num_heads_; ++head) {
+        for (int row = row_first; row < row_last; row += kDirectTile)
+          weigh_rows<kDirectTile>(head, row, std::min(kDirectTile, row_last - row),
+                                  chunk.values(call_, item_->head_first + head, row == row_first ? kTokensAhead : 0),
+                                  block, last, none);
+      }
+    }
+  }
+
+  void weigh_unpacked(const ChunkRows<T>& chunk, int64_t head, int row_first, int row_last) {
+    const int64_t panel = std::min(call_.padded_value_dim, kPanel), stride = panel + kUnpackedPad, dim = call_.value_dim;
+    const int64_t tiles = (row_last - row_first + kPackedValueTile - 1) / kPackedValueTile;
+    const int64_t columns = std::max<int64_t>(1, dim / (value_vecs(kPackedValueTile) * Vec::kLanes));
+    for (int block = chunk.first; block < chunk.last; block += kPackedBlock) {
+      const int last = std::min(block + kPackedBlock, chunk.last);
+      ListedRows<T> values = chunk.values(call_, item_->head_first + head);
+      RowPrefetcher next(values, last, kPackedBlock, dim, tiles * columns);
+      for (int64_t column = 0; column < dim; column += panel, values.offset += panel) {
+        columns_ = {column, std::min(column + panel, dim)};
+        unpack_rows(values, block, last, columns_.last - column, unpacked_, stride);
+        const PackedRows rows{unpacked_ - block * stride, stride};
+        for (int row = row_first; row < row_last; row += kPackedValueTile)
+          weigh_rows<kPackedValueTile>(head, row, std::min(kPackedValueTile, row_last - row), rows, block, last, next);
+      }
     }
   }
 
@@ -218,29 +302,31 @@ class Worker {
   }
 
   /// Adds the values of tokens [first, last) to `count` rows: in one tile where all see the same tokens, row by row where not.
-  /// A value that a row does not see never meets it, so it may be NaN. `base` is the token at which `rows` starts.
+  /// A value that a row does not see never meets it, so it may be NaN.
   template <int kTile, typename Rows>
-  void weigh_rows(int64_t row, int count, const Rows& rows, int base, int first, int last,
-                  RowPrefetcher<typename Rows::Element>& next) {
+  void weigh_rows(int64_t head, int row, int count, const Rows& rows, int first, int last, RowPrefetcher& next) {
+    if (all_see_.first <= first && last <= all_see_.last)
+      return weigh_tile<kTile>(head, row, count, rows, first, last, next);
     int common_first = first, common_last = last;
     bool masked = false;
-    for (int64_t r = row; r < row + count; ++r) {
+    for (int r = row; r < row + count; ++r) {
       common_first = std::max(common_first, views_[r].first);
       common_last = std::min(common_last, views_[r].last);
     }
-    for (int64_t r = row; r < row + count && views_[r].mask && common_first < common_last; ++r)
+    for (int r = row; r < row + count && views_[r].mask && common_first < common_last; ++r)
       masked |= std::find(views_[r].mask + common_first, views_[r].mask + common_last, 0) != views_[r].mask + common_last;
     if (common_first >= common_last || masked) common_first = common_last = last;
-    for (int64_t r = row; r < row + count; ++r)
-      weigh_row(r, rows, base, std::max(first, views_[r].first), std::min(common_first, views_[r].last), next);
+    for (int r = row; r < row + count; ++r)
+      weigh_row(head, r, rows, std::max(first, views_[r].first), std::min(common_first, views_[r].last), next);
     if (common_first >= common_last) return;
-    weigh<kTile>(row, count, rows, base, common_first, common_last, next);
-    for (int64_t r = row; r < row + count; ++r) weigh_row(r, rows, base, common_last, std::min(last, views_[r].last), next);
+    weigh_tile<kTile>(head, row, count, rows, common_first, common_last, next);
+    for (int r = row; r < row + count; ++r)
+      weigh_row(head, r, rows, common_last, std::min(last, views_[r].last), next);
   }
 
   /// Run by run of tokens that the row sees.
   template <typename Rows>
-  void weigh_row(int64_t row, const Rows& rows, int base, int first, int last, RowPrefetcher<typename Rows::Element>& next) {
+  void weigh_row(int64_t head, int row, const Rows& rows, int first, int last, RowPrefetcher& next) {
     const uint8_t* mask = views_[row].mask;
     while (first < last) {
       int run = last;
@@ -249,50 +335,66 @@ class Worker {
         run = first;
         while (run < last && mask[run]) ++run;
       }
-      if (first < run) weigh<1>(row, 1, rows, base, first, run, next);
+      if (first < run) weigh_tile<1>(head, row, 1, rows, first, run, next);
       first = run;
     }
   }
 
   template <int kTile, typename Rows>
-  void weigh(int64_t row, int count, const Rows& rows, int base, int first, int last,
-             RowPrefetcher<typename Rows::Element>& next) {
-    value_rows<kTile>(count, scores_ + row * kChunkTokens + base, kChunkTokens, rows, first - base, last - base,
-                      static_cast<int>(call_.batch.value_dim), chunk_total_ + row * call_.padded_value_dim,
-                      call_.padded_value_dim, next);
+  void weigh_tile(int64_t head, int row, int count, const Rows& rows, int first, int last, RowPrefetcher& next) {
+    float* totals = chunk_total_ + (head * num_rows_ + row) * call_.padded_value_dim + columns_.first;
+    value_rows<kTile>(count, scores(head, row), kScoreStride, rows, first, last,
+                      static_cast<int>(columns_.last - columns_.first), totals, call_.padded_value_dim, next);
   }
 
-  /// Folds the chunk into the running state, or leaves it for `merge_split` when other chunks are someone else's.
+  /// Folds the chunk into the running state, or leaves it to be merged when other chunks are someone else's.
   void leave_chunk(int64_t chunk) {
     const int64_t dim = call_.padded_value_dim;
-    const int64_t slot = item_->state + (chunk - item_->chunk_first) * num_rows_;
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      const float* chunk_total = chunk_total_ + r * dim;
-      if (item_->state < 0) {
-        fold_chunk(state_[r], total_ + r * dim, chunk_state_[r], chunk_total, dim);
-      } else {
-        call_.chunk_states[slot + r] = chunk_state_[r];
-        std::copy(chunk_total, chunk_total + dim, call_.chunk_totals + (slot + r) * dim);
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      int64_t row = head * num_rows_;
+      for (int64_t member = 0; member < num_members(); ++member) {
+        const AttentionTile& of = tile(member);
+        int64_t slot = of.state < 0 ? -1 : of.state_of(call_.batch.num_kv_heads, chunk, item_->head_first + head);
+        for (const int64_t last = row + of.rows(); row < last; ++row) {
+          const float* chunk_total = chunk_total_ + row * dim;
+          if (slot < 0) {
+            fold_chunk(state_[row], total_ + row * dim, chunk_state_[row], chunk_total, dim);
+          } else {
+            call_.chunk_states[slot] = chunk_state_[row];
+            std::copy(chunk_total, chunk_total + dim, call_.chunk_totals + slot * dim);
+            ++slot;
+          }
+        }
       }
     }
   }
 
   void finish_item() {
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      float* total = total_ + r * call_.padded_value_dim;
-      if (call_.sinks) fold_sink(state_[r], total, call_.sinks[head_of(r)], call_.padded_value_dim);
-      finish(call_, state_[r], total, token_of(r), head_of(r));
+    const int64_t dim = call_.padded_value_dim;
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      for (int row = 0; row < num_rows_; ++row) {
+        const int64_t at = head * num_rows_ + row;
+        if (call_.sinks) fold_sink(state_[at], total_ + at * dim, call_.sinks[query_head(head, row)], dim);
+        finish_row(call_, state_[at], total_ + at * dim, rows_[row].token, query_head(head, row));
+      }
     }
   }
 
+  const float* query(int64_t head, int row) const { return query_ + (head * num_rows_ + row) * call_.padded_dim; }
+  float* scores(int64_t head, int row) const { return scores_ + (head * num_rows_ + row) * kScoreStride; }
+
   const Call& call_;
+  const Softmax softmax_;
   const AttentionItem* item_ = nullptr;
-  float *query_, *scores_, *chunk_total_, *total_, *unpacked_;
+  float *query_, *scores_, *chunk_total_, *total_, *unpacked_, *partial_, *key_scales_, *value_scales_;
   RowState *state_, *chunk_state_;
+  Row* rows_;
   RowView* views_;
-  int64_t query_start_ = 0, query_len_ = 0, kv_len_ = 0, num_tokens_ = 0, num_heads_ = 0, num_rows_ = 0;
-  int rows_a_head_ = 0;
+  int64_t num_heads_ = 0, chunk_start_ = 0;
+  int num_rows_ = 0;
   KeyRange visible_{0, 0};
+  KeyRange all_see_{0, 0};  // tokens of the chunk
+  KeyRange columns_{0, 0};  // of the values that are being weighed
 };
 
 }  // namespace pagedkv

@@ -1,100 +1,31 @@
-#include "attention_worker.h"
-
-#include <tvm/ffi/optional.h>
-
-#include <algorithm>
-#include <atomic>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "attend.h"
 
 namespace pagedkv {
 namespace {
 
-using tvm::ffi::Optional;
-
-/// Folds the chunks of row `row` of a split tile, in order.
-void merge_split(const Call& call, const SplitTile& split, int64_t row, float* total) {
-  const AttentionItem& tile = split.tile;
-  const int64_t dim = call.padded_value_dim, group = call.batch.group;
-  const int64_t rows_a_head = (tile.token_last - tile.token_first) * group;
-  RowState state;
-  for (int64_t chunk = tile.chunk_first; chunk < tile.chunk_last; ++chunk) {
-    const int64_t slot = tile.state + (chunk - tile.chunk_first) * split.rows + row;
-    fold_chunk(state, total, call.chunk_states[slot], call.chunk_totals + slot * dim, dim);
-  }
-  const int64_t token = call.batch.query_indptr[tile.sequence] + tile.token_first + row % rows_a_head / group;
-  const int64_t head = (tile.head_first + row / rows_a_head) * group + row % group;
-  if (call.sinks) fold_sink(state, total, call.sinks[head], dim);
-  finish(call, state, total, token, head);
+Pages pages_of(const TensorView& pages) {
+  return {data<char>(pages), pages.strides()[0], pages.strides()[1], pages.strides()[2]};
 }
 
-template <typename T>
-void attend(Call call, int64_t num_threads) {
-  const AttentionWork work = divide_attention(call.batch, num_threads);
-  if (work.items.empty()) return;
-  const int64_t num_items = static_cast<int64_t>(work.items.size());
-  const int workers = static_cast<int>(std::max<int64_t>(1, std::min(num_threads, num_items)));
-  const int64_t floats = Worker<T>::num_floats(call, work.most_rows);
-  Carver sizes(nullptr);
-  sizes.take<RowState>(work.num_states);
-  sizes.take<float>(work.num_states * call.padded_value_dim);
-  Carver carver(thread_scratch(floats * workers + sizes.num_floats()));
-  call.chunk_states = carver.take<RowState>(work.num_states);
-  call.chunk_totals = carver.take<float>(work.num_states * call.padded_value_dim);
-  float* scratch = carver.take<float>(floats * workers);
-  std::atomic<int64_t> taken{0};
-  const auto work_off = [&](int worker_number) {
-    Worker<T> worker(call, work.most_rows, scratch + worker_number * floats);
-    for (int64_t i = taken++; i < num_items; i = taken++) worker.run(work.items[i]);
-  };
-  const auto merge_off = [&](int worker_number) {
-    float* total = scratch + worker_number * floats;
-    for (const SplitTile& split : work.splits)
-      for (int64_t row = worker_number; row < split.rows; row += workers) merge_split(call, split, row, total);
-  };
-#if defined(_OPENMP)
-  if (workers > 1) {
-#pragma omp parallel num_threads(workers)
-    {
-      // The runtime may give fewer threads than were asked for: numbers are taken, not assumed.
-      for (int number = omp_get_thread_num(); number < workers; number += omp_get_num_threads()) work_off(number);
-#pragma omp barrier
-      for (int number = omp_get_thread_num(); number < workers; number += omp_get_num_threads()) merge_off(number);
-    }
-    return;
-  }
-#endif
-  for (int number = 0; number < workers; ++number) work_off(number);
-  for (int number = 0; number < workers; ++number) merge_off(number);
+Scales scales_of(const Optional<TensorView>& scales) {
+  if (!scales.has_value()) return {};
+  const TensorView& tensor = scales.value();
+  return {data<float>(tensor), tensor.strides()[0], tensor.strides()[1], tensor.strides()[2]};
 }
 
-/// The plan is checked when it is made; these are the sentences that keep every address inside the tensors, whatever
-/// became of its arrays since.
-void check_batch(const AttentionBatch& batch, int64_t num_tokens, int64_t num_indices, int64_t num_pages,
-                 int64_t mask_size, const int64_t* mask_indptr) {
-  const auto refuse = [](const char* what, int64_t sequence) {
-    TVM_FFI_THROW(ValueError) << "the plan must be as plan_attention made it, got " << what << " at sequence " << sequence
-                              << ". Its arrays were changed, or it was made by hand.";
-  };
-  if (batch.query_indptr[0] != 0 || batch.page_indptr[0] != 0) refuse("an indptr that does not start with 0", 0);
-  for (int64_t s = 0; s < batch.num_seqs; ++s) {
-    const int64_t q_len = int64_t{batch.query_indptr[s + 1]} - batch.query_indptr[s], kv_len = batch.seq_lens[s];
-    if (q_len < 0) refuse("a query_indptr that decreases", s);
-    const int64_t first = batch.page_indptr[s], last = batch.page_indptr[s + 1];
-    if (first > last || last > num_indices) refuse("a page_indptr outside page_indices", s);
-    if (kv_len < 0 || kv_len > (last - first) * batch.page_size) refuse("a length its pages cannot hold", s);
-    for (int64_t i = first; i < last; ++i)
-      if (batch.page_indices[i] < 0 || batch.page_indices[i] >= num_pages) refuse("a page id outside the pool", s);
-    if (mask_indptr && (mask_indptr[s] < 0 || mask_indptr[s] + q_len * kv_len > mask_size)) refuse("a mask too short", s);
-  }
-  if (batch.query_indptr[batch.num_seqs] != num_tokens) refuse("another number of query rows", batch.num_seqs);
+void check_scales(const Optional<TensorView>& scales, const TensorView& pages) {
+  if (scales.has_value() && (scales.value().size(0) < pages.size(0) || scales.value().size(1) != pages.size(2) ||
+                             scales.value().size(2) != pages.size(1)))
+    TVM_FFI_THROW(ValueError) << "scales must have shape [N, Hk, P] of their pages.";
 }
 
-template <typename T>
-const T* data_or_null(const Optional<TensorView>& tensor) {
-  return tensor.has_value() ? data<const T>(tensor.value()) : nullptr;
+/// Positions reach from -(q_len - kv_len) to kv_len - 1.
+void check_rotation(const Rotation& rotation, int64_t num_positions, const AttentionBatch& batch, int64_t dim) {
+  if (!rotation.table) return;
+  if (rotation.half * 2 > dim) TVM_FFI_THROW(ValueError) << "the rotated columns must lie in the head.";
+  for (int64_t s = 0; s < batch.num_seqs; ++s)
+    if (std::max<int64_t>(batch.seq_lens[s], batch.query_len(s) - batch.seq_lens[s] + 1) > num_positions)
+      TVM_FFI_THROW(ValueError) << "the table of angles must reach every position, got " << num_positions << " rows.";
 }
 
 }  // namespace
@@ -102,43 +33,91 @@ const T* data_or_null(const Optional<TensorView>& tensor) {
 /// Attention of each sequence's new tokens over its pages (NHD order, any strides but the last); fills out and lse.
 /// A row's bits depend on its sequence alone: not on the batch, the pages, the split of query rows or the threads.
 void paged_attention(TensorView query, TensorView key_pages, TensorView value_pages, TensorView query_indptr,
-                     TensorView page_indptr, TensorView page_indices, TensorView seq_lens, bool causal,
-                     int64_t window_left, double sm_scale, double soft_cap, Optional<TensorView> sinks,
-                     Optional<TensorView> alibi_slopes, Optional<TensorView> mask, Optional<TensorView> mask_indptr,
-                     TensorView out, Optional<TensorView> lse, int64_t num_threads) {
+                     TensorView page_indptr, TensorView page_indices, TensorView seq_lens, Optional<TensorView> work,
+                     bool causal, int64_t window_left, double sm_scale, double soft_cap, double value_scale,
+                     Optional<TensorView> sinks, Optional<TensorView> alibi_slopes, Optional<TensorView> mask,
+                     Optional<TensorView> mask_indptr, Optional<TensorView> key_scales, Optional<TensorView> value_scales,
+                     Optional<TensorView> rope_table, bool rope_interleaved, TensorView out, Optional<TensorView> lse,
+                     int64_t num_threads) {
   if (dtype_of(key_pages) != dtype_of(value_pages)) TVM_FFI_THROW(TypeError) << "keys and values must have one dtype.";
   if (key_pages.size(3) % 8 || value_pages.size(3) % 8)
     TVM_FFI_THROW(ValueError) << "head dims must be multiples of 8, got " << key_pages.size(3) << " and "
                               << value_pages.size(3) << ".";
-  AttentionBatch batch{data<int32_t>(query_indptr), data<int32_t>(page_indptr), data<int32_t>(page_indices),
-                       data<int32_t>(seq_lens), seq_lens.size(0), key_pages.size(1), query.size(1), key_pages.size(2),
-                       query.size(1) / key_pages.size(2), key_pages.size(3), value_pages.size(3), window_left, causal};
-  if (query_indptr.numel() != batch.num_seqs + 1 || page_indptr.numel() != batch.num_seqs + 1)
-    TVM_FFI_THROW(ValueError) << "the plan must have indptr arrays of " << batch.num_seqs + 1 << " entries.";
-  check_batch(batch, query.size(0), page_indices.numel(), std::min(key_pages.size(0), value_pages.size(0)),
-              mask.has_value() ? mask.value().numel() : 0, data_or_null<int64_t>(mask_indptr));
-  const auto padded = [](int64_t dim) { return (dim + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; };
-  const Call call{batch,
-                  {static_cast<float>(sm_scale), static_cast<float>(soft_cap)},
-                  dtype_of(query),
-                  data<char>(query),
-                  query.strides()[0],
-                  query.strides()[1],
-                  Pages(key_pages),
-                  Pages(value_pages),
-                  data<char>(out),
-                  const_cast<float*>(data_or_null<float>(lse)),
-                  data_or_null<float>(sinks),
-                  data_or_null<float>(alibi_slopes),
-                  data_or_null<uint8_t>(mask),
-                  data_or_null<int64_t>(mask_indptr),
-                  padded(key_pages.size(3)),
-                  padded(value_pages.size(3))};
-  with_type(dtype_of(key_pages), [&](auto* type) {
-    attend<std::remove_pointer_t<decltype(type)>>(call, std::max<int64_t>(1, num_threads));
-  });
+  check_scales(key_scales, key_pages);
+  check_scales(value_scales, value_pages);
+  Call call{};
+  call.batch = checked_batch(query_indptr, page_indptr, page_indices, seq_lens, mask, mask_indptr, key_pages.size(1),
+                             query.size(1), key_pages.size(2), query.size(0),
+                             std::min(key_pages.size(0), value_pages.size(0)), causal, window_left);
+  call.rule = {static_cast<float>(sm_scale), static_cast<float>(soft_cap)};
+  call.value_factor = static_cast<float>(value_scale);
+  call.query_dtype = dtype_of(query);
+  call.out_dtype = dtype_of(out);
+  call.query = data<char>(query);
+  call.query_token_stride = query.strides()[0];
+  call.query_head_stride = query.strides()[1];
+  call.keys = pages_of(key_pages);
+  call.values = pages_of(value_pages);
+  call.key_dim = key_pages.size(3);
+  call.value_dim = value_pages.size(3);
+  call.key_scales = scales_of(key_scales);
+  call.value_scales = scales_of(value_scales);
+  if (rope_table.has_value()) {
+    call.rotation = {data<float>(rope_table.value()), rope_table.value().size(1), rope_interleaved};
+    check_rotation(call.rotation, rope_table.value().size(0), call.batch, call.key_dim);
+  }
+  call.out = data<char>(out);
+  call.lse = const_cast<float*>(data_or_null<float>(lse));
+  call.sinks = data_or_null<float>(sinks);
+  call.alibi_slopes = data_or_null<float>(alibi_slopes);
+  call.mask = data_or_null<uint8_t>(mask);
+  call.mask_indptr = data_or_null<int64_t>(mask_indptr);
+  attend(call, dtype_of(key_pages), work, num_threads);
+}
+
+/// The same over latent pages [N, P, C], which are keys and values at once, and pages of rope keys [N, P, R].
+void mla_attention(TensorView query, Optional<TensorView> query_rope, TensorView latent_pages,
+                   Optional<TensorView> rope_pages, TensorView query_indptr, TensorView page_indptr,
+                   TensorView page_indices, TensorView seq_lens, Optional<TensorView> work, bool causal,
+                   int64_t window_left, double sm_scale, Optional<TensorView> mask, Optional<TensorView> mask_indptr,
+                   TensorView out, Optional<TensorView> lse, int64_t num_threads) {
+  Call call{};
+  int64_t num_pages = latent_pages.size(0);
+  if (query_rope.has_value() != rope_pages.has_value())
+    TVM_FFI_THROW(ValueError) << "the rope part must be given of query and pages, or of neither.";
+  call.keys = call.values = {data<char>(latent_pages), latent_pages.strides()[0], latent_pages.strides()[1], 0};
+  call.key_dim = call.value_dim = latent_pages.size(2);
+  if (rope_pages.has_value()) {
+    const TensorView &tails = rope_pages.value(), &query_tail = query_rope.value();
+    if (dtype_of(tails) != dtype_of(latent_pages) || dtype_of(query_tail) != dtype_of(query))
+      TVM_FFI_THROW(TypeError) << "latent and rope parts must have one dtype.";
+    call.tails = {data<char>(tails), tails.strides()[0], tails.strides()[1], 0};
+    call.tail_dim = tails.size(2);
+    call.query_tail = data<char>(query_tail);
+    call.tail_token_stride = query_tail.strides()[0];
+    call.tail_head_stride = query_tail.strides()[1];
+    num_pages = std::min(num_pages, tails.size(0));
+  }
+  if (call.key_dim % 8 || call.tail_dim % 8)
+    TVM_FFI_THROW(ValueError) << "latent and rope dims must be multiples of 8, got " << call.key_dim << " and "
+                              << call.tail_dim << ".";
+  call.batch = checked_batch(query_indptr, page_indptr, page_indices, seq_lens, mask, mask_indptr, latent_pages.size(1),
+                             query.size(1), 1, query.size(0), num_pages, causal, window_left);
+  call.rule = {static_cast<float>(sm_scale), 0.0f};
+  call.value_factor = 1.0f;
+  call.query_dtype = dtype_of(query);
+  call.out_dtype = dtype_of(out);
+  call.query = data<char>(query);
+  call.query_token_stride = query.strides()[0];
+  call.query_head_stride = query.strides()[1];
+  call.out = data<char>(out);
+  call.lse = const_cast<float*>(data_or_null<float>(lse));
+  call.mask = data_or_null<uint8_t>(mask);
+  call.mask_indptr = data_or_null<int64_t>(mask_indptr);
+  attend(call, dtype_of(latent_pages), work, num_threads);
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, paged_attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(mla_attention, mla_attention);
 
 }  // namespace pagedkv

@@ -28,6 +28,26 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+struct Float8E4M3 {
+  uint8_t bits;
+};
+struct Float8E5M2 {
+  uint8_t bits;
+};
+
+/// What one unit of a loaded number stands for: the exponent of an e4m3 moved into a float16 is 8 too low, and a factor at the
+/// end of a sum costs less than one at each element.
+template <typename T>
+constexpr float kUnit = 1.0f;
+template <>
+constexpr float kUnit<Float8E4M3> = 256.0f;
+
+/// The same number in units, or as it is, as float16 bits. A NaN stays one.
+inline Half to_half_bits(Float8E4M3 x) {
+  const uint32_t rest = x.bits & 0x7fu;
+  return {static_cast<uint16_t>((x.bits & 0x80u) << 8 | rest << 7 | (rest == 0x7fu ? 0x7e00u : 0u))};
+}
+inline Half to_half_bits(Float8E5M2 x) { return {static_cast<uint16_t>(x.bits << 8)}; }
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -66,6 +86,22 @@ inline Vec load(const BFloat16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+inline Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline __m256i widen_float8(const Float8E5M2*, __m128i bytes) { return _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8); }
+inline __m256i widen_float8(const Float8E4M3*, __m128i bytes) {
+  const __m256i x = _mm256_cvtepu8_epi16(bytes), low = _mm256_set1_epi16(0x7f), rest = _mm256_and_si256(x, low);
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(rest, low), _mm256_set1_epi16(0x7e00));
+  const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(low, x), 8);
+  return _mm256_or_si256(_mm256_or_si256(sign, nan), _mm256_slli_epi16(rest, 7));
+}
+inline Vec load(const Float8E4M3* p) {
+  return {_mm512_cvtph_ps(widen_float8(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Vec load(const Float8E5M2* p) {
+  return {_mm512_cvtph_ps(widen_float8(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 /// The lower 8 lanes from memory, the upper 8 zero: the end of a row whose length is an odd multiple of 8.
 inline Vec load_lower(const float* p) { return {_mm512_zextps256_ps512(_mm256_loadu_ps(p))}; }
 inline Vec load_lower(const Half* p) {
@@ -74,6 +110,16 @@ inline Vec load_lower(const Half* p) {
 inline Vec load_lower(const BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm512_zextps256_ps512(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)))};
+}
+inline Vec load_lower(const int8_t* p) {
+  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_zextps256_ps512(_mm256_cvtepi32_ps(wide))};
+}
+inline Vec load_lower(const Float8E4M3* p) {
+  return {_mm512_cvtph_ps(widen_float8(p, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Vec load_lower(const Float8E5M2* p) {
+  return {_mm512_cvtph_ps(widen_float8(p, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -131,6 +177,20 @@ inline Vec load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinter
 inline Vec load(const BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Vec load(const Float8E5M2* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes))};
+}
+inline Vec load(const Float8E4M3* p) {
+  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i low = _mm_set1_epi16(0x7f), rest = _mm_and_si128(x, low);
+  const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(rest, low), _mm_set1_epi16(0x7e00));
+  const __m128i sign = _mm_slli_epi16(_mm_andnot_si128(low, x), 8);
+  return {_mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(sign, nan), _mm_slli_epi16(rest, 7)))};
 }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -207,6 +267,16 @@ inline Vec load(const Half* p) {
 inline Vec load(const BFloat16* p) {
   return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
 }
+inline Vec load(const int8_t* p) {
+  return {Float4{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])}};
+}
+template <typename Float8>
+inline Vec load_float8(const Float8* p) {
+  const Half wide[4] = {to_half_bits(p[0]), to_half_bits(p[1]), to_half_bits(p[2]), to_half_bits(p[3])};
+  return load(wide);
+}
+inline Vec load(const Float8E4M3* p) { return load_float8(p); }
+inline Vec load(const Float8E5M2* p) { return load_float8(p); }
 inline void store(float* p, Vec x) { std::memcpy(p, &x.v, 16); }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
@@ -363,5 +433,77 @@ inline Vec tanh(Vec x) {
   const Vec far = sub(broadcast(1.0f), div(broadcast(2.0f), add(e, broadcast(1.0f))));
   return where_less(a, broadcast(0.625f), near_zero, with_sign_of(far, x));
 }
+
+/// Quantising. store_int8 and store_float8_e4m3 write 4 * kLanes floats as codes, rounded to nearest even; the floats must be
+/// finite and round to no more than the largest value, 127 or 448.
+/// int8: adding 1.5 * 2^23 leaves the integer at the end of the mantissa.
+/// float8_e4m3fn: for |x| in [2^e, 2^(e+1)), e at least -6, adding 2^(e+20) leaves |x| / 2^(e-3) there, 8 to 16 (0 to 8 where
+/// e is -6 for smaller ones); adding 8 for each step of e above -6 makes it the code.
+#if defined(__AVX512F__)
+inline void store_low_bytes(char* p, __m512i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+inline void store_int8(char* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec all[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) store_low_bytes(p + 16 * i, _mm512_cvtps_epi32(all[i].v));
+}
+inline void store_float8_e4m3(char* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec all[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+    const __m512i bits = _mm512_castps_si512(all[i].v);
+    const __m512i exponent = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000));
+    const __m512i above = _mm512_subs_epu16(exponent, _mm512_set1_epi32(121 << 23));
+    const __m512i magic = _mm512_add_epi32(above, _mm512_set1_epi32(141 << 23));
+    const __m512i sum = _mm512_castps_si512(_mm512_add_ps(_mm512_abs_ps(all[i].v), _mm512_castsi512_ps(magic)));
+    const __m512i code = _mm512_add_epi32(_mm512_sub_epi32(sum, magic), _mm512_srli_epi32(above, 20));
+    // The bit 0x80 of the shifted sign, the others of the code.
+    store_low_bytes(p + 16 * i,
+                    _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x80), _mm512_srli_epi32(bits, 24), code, 0xca));
+  }
+}
+#elif defined(__AVX2__)
+/// The lanes in order, saturated to the bytes of signed 8-bit integers.
+inline __m256i saturated_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+inline void store_int8(char* p, Vec a, Vec b, Vec c, Vec d) {
+  const __m256i bytes = saturated_bytes(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v), _mm256_cvtps_epi32(c.v),
+                                        _mm256_cvtps_epi32(d.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+}
+inline __m256i float8_e4m3_magnitude(Vec x) {
+  const __m256i exponent = _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7f800000));
+  const __m256i above = _mm256_subs_epu16(exponent, _mm256_set1_epi32(121 << 23));
+  const __m256i magic = _mm256_add_epi32(above, _mm256_set1_epi32(141 << 23));
+  const __m256i sum = _mm256_castps_si256(_mm256_add_ps(magnitude(x).v, _mm256_castsi256_ps(magic)));
+  return _mm256_add_epi32(_mm256_sub_epi32(sum, magic), _mm256_srli_epi32(above, 20));
+}
+inline void store_float8_e4m3(char* p, Vec a, Vec b, Vec c, Vec d) {
+  const __m256i signs = saturated_bytes(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v), _mm256_castps_si256(c.v),
+                                        _mm256_castps_si256(d.v));
+  const __m256i codes = saturated_bytes(float8_e4m3_magnitude(a), float8_e4m3_magnitude(b), float8_e4m3_magnitude(c),
+                                        float8_e4m3_magnitude(d));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_or_si256(codes, _mm256_and_si256(signs, _mm256_set1_epi8(static_cast<char>(0x80)))));
+}
+#else
+inline void store_int8(char* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec all[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+    const Vec sum = add(all[i], broadcast(12582912.0f));
+    for (int j = 0; j < 4; ++j) p[4 * i + j] = static_cast<char>(float_to_bits(sum.v[j]));
+  }
+}
+inline void store_float8_e4m3(char* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec all[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+    const Int4 bits = (Int4)all[i].v;
+    const Int4 above = (Int4)max(magnitude(all[i]), broadcast(0.015625f)).v & 0x7f800000;
+    const Int4 magic = above + (20 << 23);
+    const Int4 sum = (Int4)add(magnitude(all[i]), {(Float4)magic}).v;
+    const Int4 codes = (sum - magic + ((above - (121 << 23)) >> 20)) | ((bits >> 24) & 0x80);
+    for (int j = 0; j < 4; ++j) p[4 * i + j] = static_cast<char>(codes[j]);
+  }
+}
+#endif
 
 }  // namespace pagedkv

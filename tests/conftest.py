@@ -53,11 +53,22 @@ def smallest_calls() -> dict[str, Callable[..., Any]]:
     tokens = torch.zeros(2, 1, 1, 8)
     table = pagedkv.PageTable.from_rows([[1]], seq_lens=[3], page_size=4)
     one_query = torch.tensor([0, 1], dtype=torch.int32)
-    plan = pagedkv.plan_attention(one_query, table, num_q_heads=1, num_kv_heads=1, head_dim=8)
+    latents = pages[:, :, :, 0]
+
+    def plan(head_dim: int) -> pagedkv.AttentionPlan:
+        # Made by the call alone: a plan asks for the native core, too.
+        heads = {"num_q_heads": 1, "num_kv_heads": 1}
+        return pagedkv.plan_attention(one_query, table, **heads, head_dim=head_dim, value_dim=8)
+
     return {
         "store_kv": lambda **options: pagedkv.store_kv(*tokens, *pages, torch.tensor([3]), **options),
         "gather_kv": lambda **options: pagedkv.gather_kv(*pages, torch.tensor([3]), **options),
         "copy_pages": lambda **options: pagedkv.copy_pages(*pages, torch.tensor([0]), torch.tensor([1]), **options),
-        "paged_attention": lambda **options: pagedkv.paged_attention(tokens[0], *pages, plan, **options),
+        "quantize_kv": lambda **options: pagedkv.quantize_kv(tokens[0], torch.int8, **options),
+        "apply_rope": lambda **options: pagedkv.apply_rope(
+            tokens[0], torch.tensor([3]), pagedkv.RotaryEmbedding(8), **options
+        ),
+        "paged_attention": lambda **options: pagedkv.paged_attention(tokens[0], *pages, plan(8), **options),
+        "mla_attention": lambda **options: pagedkv.mla_attention(*tokens, *latents, plan(16), sm_scale=1.0, **options),
         "merge_states": lambda **options: pagedkv.merge_states(tokens, torch.zeros(2, 1, 1), **options),
     }

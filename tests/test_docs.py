@@ -51,6 +51,16 @@ def test_python_snippets_run_and_print_what_the_page_says(path, tmp_path, monkey
             printed = None
 
 
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_quoted_sources_are_the_sources(path):
+    """A fence marked `file=PATH` quotes a whole file, one marked `in=PATH` a part of it."""
+    for line, _, marks, text in snippets(path):
+        kind, _, name = marks.partition("=")
+        if kind in ("file", "in"):
+            source = (ROOT / name).read_text()
+            assert source == text if kind == "file" else text in source, f"{path.name}:{line} does not quote {name}"
+
+
 def run_doctest(text, namespace, name):
     test = doctest.DocTestParser().get_doctest(text, namespace, name, name, 0)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

@@ -17,7 +17,8 @@ PROMISED = set(
     KVCacheSpec MLACacheSpec calc_kv_cache_memory KVPool PageTable store_kv copy_pages gather_kv merge_states
     plan_attention paged_attention backends register_backend KVCacheManager check_integrity RadixCache PageAllocator
     fast_compare_key PagedKVError OutOfPagesError IntegrityError BackendUnavailableError TierError CorruptPageError
-    TierUnavailableError
+    TierUnavailableError quantize_kv dequantize_kv apply_rope RotaryEmbedding Llama31Scaling mla_attention store_mla
+    MLAPool cascade_attention
     """.split()  # noqa: SIM905
 )
 

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from pagedkv.shapes import Shapes, check_dtype, check_int, check_last_dim_contiguous
+from pagedkv.shapes import (
+    QUANTISED_DTYPES,
+    Shapes,
+    check_dtype,
+    check_floating,
+    check_int,
+    check_last_dim_contiguous,
+)
 
 
 def test_check_binds_then_compares():
@@ -58,3 +65,12 @@ def test_check_last_dim_contiguous_allows_other_strides():
     check_last_dim_contiguous("key", torch.zeros(0, 4).T)
     with pytest.raises(ValueError, match=r"key must have a contiguous last dimension \(stride 1\), got stride 8\."):
         check_last_dim_contiguous("key", torch.zeros(6, 8).T)
+
+
+def test_check_floating_lets_quantised_pass_where_asked():
+    for dtype in QUANTISED_DTYPES:
+        check_floating("key_pages", torch.zeros(1, dtype=dtype), quantised=True)
+        with pytest.raises(TypeError, match="key_pages must have dtype float32 or float16 or bfloat16, got"):
+            check_floating("key_pages", torch.zeros(1, dtype=dtype))
+    with pytest.raises(TypeError, match="key_pages must have dtype .* or float8_e5m2, got int16"):
+        check_floating("key_pages", torch.zeros(1, dtype=torch.int16), quantised=True)

@@ -30,6 +30,44 @@ def test_value_dim_and_per_layer_geometry_are_summed():
     assert KVCacheSpec(num_layers=2, num_kv_heads=[1, 2], head_dim=8) == KVCacheSpec(2, (1, 2), 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_scales_are_counted(dtype):
+    spec = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, page_size=16, dtype=dtype)
+    assert spec.is_quantized
+    assert spec.has_scales
+    assert spec.bytes_per_token == 30 * 2 * 3 * (64 + 4)
+    assert spec.bytes_per_page == 16 * spec.bytes_per_token
+    assert spec.num_pages(spec.bytes_per_page * 7 - 1) == 6
+    assert calc_kv_cache_memory(30, 3, 64, 5, dtype, page_size=16) == 5 * spec.bytes_per_page
+    uneven = KVCacheSpec(num_layers=2, num_kv_heads=(2, 0), head_dim=8, value_dim=4, page_size=4, dtype=dtype)
+    assert uneven.bytes_per_token == 2 * (8 + 4) + 2 * 2 * 4
+
+
+def test_a_page_with_scales_ends_where_the_scales_of_the_next_are_aligned():
+    spec = KVCacheSpec(num_layers=1, num_kv_heads=1, head_dim=3, value_dim=2, page_size=1, dtype=torch.int8)
+    assert (spec.bytes_per_token, spec.bytes_per_page) == (13, 16)
+
+
+def test_float8_e5m2_is_quantized_without_scales():
+    spec = KVCacheSpec(num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float8_e5m2)
+    assert spec.is_quantized
+    assert not spec.has_scales
+    assert spec.bytes_per_token == 32
+    assert not KVCacheSpec(num_layers=1, num_kv_heads=2, head_dim=8).is_quantized
+
+
+def test_from_config_takes_a_quantized_dtype():
+    config = transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, hidden_size=64)
+    spec = KVCacheSpec.from_config(config, dtype=torch.int8)
+    assert spec == KVCacheSpec(2, 4, 8, dtype=torch.int8)
+    assert spec.bytes_per_token == 2 * 2 * 4 * (8 + 4)
+
+
+def test_mla_pages_are_not_quantized():
+    with pytest.raises(ValueError, match=r"dtype must be float32 or float16 or bfloat16, got int8\."):
+        MLACacheSpec(num_layers=1, dtype=torch.int8)
+
+
 def test_spec_is_frozen_and_hashable():
     spec = KVCacheSpec(num_layers=1, num_kv_heads=1, head_dim=8)
     assert spec in {spec}
@@ -47,7 +85,11 @@ def test_spec_is_frozen_and_hashable():
         ({"head_dim": (8,)}, ValueError, r"head_dim must be one int or 2 \(num_layers\) ints, got 1"),
         ({"head_dim": (8, -1)}, ValueError, "head_dim of layer 1 must be at least 1, got -1"),
         ({"page_size": True}, TypeError, "page_size must be an int, got bool"),
-        ({"dtype": torch.int64}, ValueError, "dtype must be float32 or float16 or bfloat16, got int64"),
+        (
+            {"dtype": torch.int64},
+            ValueError,
+            "dtype must be float32 or float16 or bfloat16 or int8 or float8_e4m3fn or float8_e5m2, got int64",
+        ),
         ({"dtype": "float16"}, TypeError, "dtype must be a torch.dtype, got str"),
         ({"layout": "DHN"}, ValueError, "layout must be 'NHD' or 'HND', got 'DHN'"),
         ({"order": "last"}, ValueError, "order must be 'layer_first' or 'page_first', got 'last'"),

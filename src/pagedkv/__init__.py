@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .attention import plan_attention
+from .attention import cascade_attention, plan_attention
 from .errors import (
     BackendUnavailableError,
     CorruptPageError,
@@ -18,14 +18,22 @@ from .errors import (
 from .kernels import (
     AttentionPlan,
     AttentionState,
+    Llama31Scaling,
+    QuantizedKV,
+    RotaryEmbedding,
+    apply_rope,
     backends,
     copy_pages,
+    dequantize_kv,
     fast_compare_key,
     gather_kv,
     merge_states,
+    mla_attention,
     paged_attention,
+    quantize_kv,
     register_backend,
     store_kv,
+    store_mla,
 )
 from .management import (
     InsertResult,
@@ -38,7 +46,7 @@ from .management import (
     check_integrity,
 )
 from .spec import KVCacheSpec, MLACacheSpec, calc_kv_cache_memory
-from .storage import KVPool, PageTable
+from .storage import KVPool, MLAPool, PageTable
 
 __version__ = "0.1.0"
 
@@ -52,26 +60,36 @@ __all__ = [
     "KVCacheManager",
     "KVCacheSpec",
     "KVPool",
+    "Llama31Scaling",
     "MLACacheSpec",
+    "MLAPool",
     "ManagerStats",
     "MatchResult",
     "OutOfPagesError",
     "PageAllocator",
     "PageTable",
     "PagedKVError",
+    "QuantizedKV",
     "RadixCache",
+    "RotaryEmbedding",
     "Sequence",
     "TierError",
     "TierUnavailableError",
+    "apply_rope",
     "backends",
     "calc_kv_cache_memory",
+    "cascade_attention",
     "check_integrity",
     "copy_pages",
+    "dequantize_kv",
     "fast_compare_key",
     "gather_kv",
     "merge_states",
+    "mla_attention",
     "paged_attention",
     "plan_attention",
+    "quantize_kv",
     "register_backend",
     "store_kv",
+    "store_mla",
 ]

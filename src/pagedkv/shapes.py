@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 __all__ = [
+    "QUANTISED_DTYPES",
     "Shapes",
     "check_choice",
     "check_device",
@@ -26,6 +27,8 @@ __all__ = [
     "check_last_dim_contiguous",
     "dtype_name",
 ]
+
+QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -90,9 +93,9 @@ def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype, remedy: 
         raise TypeError(f"{name} must have dtype {names}, got {dtype_name(tensor.dtype)}.{suffix}")
 
 
-def check_floating(name: str, tensor: torch.Tensor) -> None:
-    """Refuses everything but float32, float16 and bfloat16."""
-    check_dtype(name, tensor, *_FLOATING)
+def check_floating(name: str, tensor: torch.Tensor, *, quantised: bool = False) -> None:
+    """Refuses everything but float32, float16 and bfloat16 and, where `quantised`, int8 and the two float8."""
+    check_dtype(name, tensor, *_FLOATING, *(QUANTISED_DTYPES if quantised else ()))
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device, owner: str) -> None:

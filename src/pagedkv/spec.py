@@ -8,14 +8,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .shapes import check_choice, check_int, dtype_name
+from .shapes import QUANTISED_DTYPES, check_choice, check_int, dtype_name
 
-__all__ = ["CACHE_DTYPES", "KVCacheSpec", "LayerGeometry", "MLACacheSpec", "calc_kv_cache_memory"]
+__all__ = ["CACHE_DTYPES", "SCALED_DTYPES", "KVCacheSpec", "LayerGeometry", "MLACacheSpec", "calc_kv_cache_memory"]
 
 Layout = Literal["NHD", "HND"]
 Order = Literal["layer_first", "page_first"]
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Quantised with one float32 scale a token and head. float8_e5m2 has the range to do without.
+SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 # Layer types of Hugging Face configs by what they leave behind: keys and values of every token, or no pages at all.
 _STORING_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -40,7 +42,9 @@ class KVCacheSpec:
     """Geometry of a K/V cache with per-head keys and values (MHA, GQA, MQA).
 
     num_kv_heads, head_dim and value_dim are one int for all layers or one int a layer. value_dim defaults to head_dim.
-    Units:  page_size counts tokens; byte properties count K and V of all layers together.
+    dtype is float32, float16, bfloat16 or quantised: int8 and float8_e4m3fn add a float32 scale for each token and head
+    of K and of V, float8_e5m2 none.
+    Units:  page_size counts tokens; byte properties count K and V of all layers together, scales included.
     Raises: ValueError or TypeError when a field is not usable, naming the field.
 
     >>> spec = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype=torch.bfloat16)
@@ -64,7 +68,7 @@ class KVCacheSpec:
         check_int("page_size", self.page_size, minimum=1)
         check_choice("layout", self.layout, ("NHD", "HND"))
         check_choice("order", self.order, ("layer_first", "page_first"))
-        _check_cache_dtype(self.dtype)
+        _check_cache_dtype(self.dtype, CACHE_DTYPES + QUANTISED_DTYPES)
         for name, minimum in (("num_kv_heads", 0), ("head_dim", 1), ("value_dim", 1)):
             value = getattr(self, name)
             if value is None:
@@ -102,14 +106,26 @@ class KVCacheSpec:
         return first.head_dim == first.value_dim and all(layer == first for layer in self.layers)
 
     @property
+    def is_quantized(self) -> bool:
+        """True for pages of int8 or float8, whose elements are codes."""
+        return self.dtype in QUANTISED_DTYPES
+
+    @property
+    def has_scales(self) -> bool:
+        """True when each token and head of K and of V has a scale of its own."""
+        return self.dtype in SCALED_DTYPES
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return sum(layer.num_elements for layer in self.layers) * self.dtype.itemsize
+        """Bytes of K and V of one token over all layers, with their scales."""
+        scale_bytes = 8 * sum(layer.num_kv_heads for layer in self.layers) if self.has_scales else 0
+        return sum(layer.num_elements for layer in self.layers) * self.dtype.itemsize + scale_bytes
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of one page over all layers."""
-        return self.bytes_per_token * self.page_size
+        """Bytes of one page over all layers; with scales a multiple of 4, which aligns those of the next page."""
+        num_bytes = self.bytes_per_token * self.page_size
+        return -(-num_bytes // 4) * 4 if self.has_scales else num_bytes
 
     def num_pages(self, memory_bytes: int) -> int:
         """How many whole pages fit into `memory_bytes`."""
@@ -180,7 +196,7 @@ class MLACacheSpec:
             check_int(name, getattr(self, name), minimum=1)
         check_int("rope_dim", self.rope_dim, 0)
         check_choice("order", self.order, ("layer_first", "page_first"))
-        _check_cache_dtype(self.dtype)
+        _check_cache_dtype(self.dtype, CACHE_DTYPES)
 
     @property
     def bytes_per_token(self) -> int:
@@ -228,7 +244,7 @@ def calc_kv_cache_memory(
     *,
     page_size: int = 1,
 ) -> int:
-    """Bytes that K and V of `num_pages` pages take over all layers.
+    """Bytes that K and V of `num_pages` pages take over all layers, for int8 and float8_e4m3fn with their scales.
 
     >>> calc_kv_cache_memory(32, 8, 128, 8192) == 2**30
     True
@@ -243,11 +259,11 @@ def _num_pages(memory_bytes: int, bytes_per_page: int) -> int:
     return memory_bytes // bytes_per_page
 
 
-def _check_cache_dtype(dtype: object) -> None:
+def _check_cache_dtype(dtype: object, allowed: tuple[torch.dtype, ...]) -> None:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}.")
-    if dtype not in CACHE_DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(map(dtype_name, CACHE_DTYPES))}, got {dtype_name(dtype)}.")
+    if dtype not in allowed:
+        raise ValueError(f"dtype must be {' or '.join(map(dtype_name, allowed))}, got {dtype_name(dtype)}.")
 
 
 def _text_config(hf_config: Any) -> Any:

@@ -33,6 +33,13 @@ def test_size_of_a_directory(invoke, tiny_model_dir):
     assert "pages in 1.0 MiB             256" in result.stdout
 
 
+def test_size_of_a_quantised_cache(invoke, tiny_model_dir):
+    result = invoke("size", "--model", tiny_model_dir, "--dtype", "int8")
+    assert result.exit_code == 0, result.output
+    assert "dtype                        int8, and a float32 scale for each token and head" in result.stdout
+    assert "bytes per token              160 (160 B)" in result.stdout  # 2 layers, K and V, 2 heads, 16 + 4 bytes
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -129,13 +129,19 @@ def test_demo_prints_what_was_measured(tiny_model_dir):
     assert f"prefix hit rate {rate:.1%}" in text
 
 
-def test_demo_without_comparison_and_in_half_precision(tiny_model_dir):
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float8_e4m3fn"])
+def test_demo_without_comparison_over_pages_of_another_dtype(tiny_model_dir, dtype):
     out = io.StringIO()
     options = DemoOptions(
-        str(tiny_model_dir), num_requests=2, max_new_tokens=3, num_pages=256, kv_dtype=torch.float16, compares=False
+        str(tiny_model_dir),
+        num_requests=2,
+        max_new_tokens=3,
+        num_pages=256,
+        kv_dtype=getattr(torch, dtype),
+        compares=False,
     )
     assert run_demo(options, Console(file=out, width=110)) == 0
-    assert "float16" in out.getvalue()
+    assert f"pool of 256 pages of 16 tokens, {dtype};" in " ".join(out.getvalue().split())
     assert "generate" not in out.getvalue()
 
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig
 
+from pagedkv.cli.options import KVDtype
 from pagedkv.cli.size import describe_size, spec_of_config, spec_of_geometry
+from pagedkv.shapes import QUANTISED_DTYPES
+from pagedkv.spec import CACHE_DTYPES
 
 
 def rows(spec, **asked):
@@ -50,6 +53,39 @@ def test_config_with_latents():
     assert shown["bytes per token"].startswith("70,272 ")
     assert "bytes per page of 64 tokens" in shown
     assert shown["cache"] == "latent 512 + rope key 64 a token (MLA), 61 layers, whole on each of 2 ranks"
+
+
+@pytest.mark.parametrize(
+    "dtype, name, num_bytes",
+    [
+        (KVDtype.INT8, "int8, and a float32 scale for each token and head of K and of V", 128 + 4),
+        (KVDtype.FLOAT8_E4M3FN, "float8_e4m3fn, and a float32 scale for each token and head of K and of V", 128 + 4),
+        (KVDtype.FLOAT8_E5M2, "float8_e5m2", 128),
+    ],
+)
+def test_quantised_bytes_include_the_scales(dtype, name, num_bytes):
+    spec = spec_of_geometry(32, 8, 128, dtype=dtype.torch_dtype, page_size=None, tp_size=2)
+    shown = rows(spec, memory_bytes=2**20, num_tokens=17)
+    of_token = 32 * 2 * 4 * num_bytes
+    assert shown["dtype"] == name
+    assert shown["bytes per token"].startswith(f"{of_token:,} ")
+    assert shown["bytes per page of 16 tokens"].startswith(f"{16 * of_token:,} ")
+    assert shown["pages in 1.0 MiB"] == f"{2**20 // (16 * of_token)}"
+    assert shown["memory for 17 tokens"].startswith(f"{2 * 16 * of_token:,} ")
+
+
+def test_config_with_latents_has_no_quantised_form():
+    config = DeepseekV3Config(num_hidden_layers=2)
+    with pytest.raises(ValueError, match="dtype must be float32 or float16 or bfloat16, got int8"):
+        spec_of_config(config, dtype=KVDtype.INT8.torch_dtype, page_size=None, tp_size=1)
+
+
+def test_every_dtype_of_the_command_line_makes_a_spec():
+    assert KVDtype.AUTO.torch_dtype is None
+    dtypes = [choice.torch_dtype for choice in KVDtype if choice is not KVDtype.AUTO]
+    assert set(dtypes) == set(CACHE_DTYPES + QUANTISED_DTYPES)
+    for choice, dtype in zip(list(KVDtype)[1:], dtypes, strict=True):
+        assert rows(spec_of_geometry(1, 1, 8, dtype=dtype, page_size=4, tp_size=1))["dtype"].startswith(choice.value)
 
 
 def test_config_keeps_its_dtype_and_heads():

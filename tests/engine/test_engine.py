@@ -9,6 +9,7 @@ from pagedkv.engine import Engine, SamplingParams
 from pagedkv.integrations.transformers import UnsupportedModelError
 from pagedkv.management import check_integrity
 from pagedkv.testing.greedy import first_greedy_difference
+from pagedkv.testing.rounded_cache import RoundedCache
 from pagedkv.testing.tiny_models import VOCAB_SIZE, byte_tokenizer, tiny_model
 
 NUM_TOKENS = 10
@@ -22,9 +23,10 @@ SHARED = random_ids(29, seed=0)
 PROMPTS = [(SHARED if i % 2 else []) + random_ids(n, seed=n) for i, n in enumerate((5, 13, 21, 1, 7, 33))]
 
 
-def generated(model, prompt, num_tokens=NUM_TOKENS):
+def generated(model, prompt, num_tokens=NUM_TOKENS, **options):
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, **options)
     return out[0, len(prompt) :].tolist()
 
 
@@ -38,11 +40,11 @@ def expected(llama):
     return [generated(llama, prompt) for prompt in PROMPTS]
 
 
-def assert_greedy(model, results, expected):
+def assert_greedy(model, results, expected, kv_dtype=None):
     """Equal, or different only where the model's own rounding decides; the message shows the margin."""
     for result, theirs in zip(results, expected, strict=True):
         assert result.error is None
-        difference = first_greedy_difference(model, result.prompt_ids, result.token_ids, theirs)
+        difference = first_greedy_difference(model, result.prompt_ids, result.token_ids, theirs, kv_dtype=kv_dtype)
         assert difference is None or difference.is_tie, str(difference)
 
 
@@ -84,6 +86,31 @@ def test_greedy_tokens_of_other_architectures(name):
         results = engine.generate(PROMPTS[:4], SamplingParams(max_new_tokens=NUM_TOKENS))
         assert_greedy(model, results, [generated(model, prompt) for prompt in PROMPTS[:4]])
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_greedy_tokens_over_quantised_pages(name, kv_dtype):
+    """Those of the model's own attention over what the pages stand for; prefix cache and preemptions lose no scale."""
+    model = tiny_model(name)
+    expected = [generated(model, prompt, past_key_values=RoundedCache(model.config, kv_dtype)) for prompt in PROMPTS]
+    for options in ({"num_pages": 100}, {"num_pages": 19}, {"num_pages": 19, "prefix_cache": False}):
+        engine = Engine(model, page_size=4, max_batch_tokens=16, kv_dtype=kv_dtype, **options)
+        for _ in range(2):
+            results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_TOKENS))
+            assert_greedy(model, results, expected, kv_dtype)
+            assert_nothing_is_left(engine)
+        stats = engine.stats()
+        assert (stats.num_preemptions > 0) == (options["num_pages"] == 19)
+        assert (stats.num_cached_tokens > 0) == options.get("prefix_cache", True)
+
+
+def test_int8_pages_are_small_and_leave_the_likeliest_tokens_alone(llama, expected):
+    engine = Engine(llama, page_size=4, num_pages=100, kv_dtype=torch.int8)
+    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NUM_TOKENS))
+    assert [list(result.token_ids) for result in results] == expected
+    # 2 layers, K and V, 2 heads: 8 codes and a scale, in place of 8 float32.
+    assert engine.stats().pool_bytes == 100 * 4 * (2 * 2 * 2) * (8 + 4)
 
 
 def test_shared_prompt_is_computed_once_though_all_arrive_together(llama):

@@ -44,6 +44,7 @@ def part_of(batch, sequence, first=0, last=None):
         page_indices=table.indices,
         seq_lens=table.seq_lens,
         num_tokens=last - first,
+        work=None,
     )
     rows = slice(start + first, start + last)
     return rows, dataclasses.replace(batch, query=batch.query[rows], table=table, plan=plan)
@@ -85,7 +86,7 @@ def test_on_any_pages_in_either_layout(batch):
     moved = torch.empty_like(order)
     moved[order] = torch.arange(order.shape[0])
     indices = moved[batch.table.indices.long()].int()
-    plan = dataclasses.replace(batch.plan, page_indices=indices, max_page=int(indices.max()))
+    plan = dataclasses.replace(batch.plan, page_indices=indices, max_page=int(indices.max()), work=None)
     pages = [pages[order].transpose(1, 2).contiguous() for pages in (batch.key_pages, batch.value_pages)]
     layout = "HND" if batch.layout == "NHD" else "NHD"
     other = dataclasses.replace(batch, key_pages=pages[0], value_pages=pages[1], plan=plan, layout=layout)
@@ -105,6 +106,7 @@ def test_in_pages_of_any_size(batch):
         page_indices=table.indices,
         page_size=1,
         max_page=table.max_page,
+        work=None,
     )
     other = dataclasses.replace(
         batch, key_pages=key[:, None], value_pages=value[:, None], plan=plan, table=table, layout="NHD"

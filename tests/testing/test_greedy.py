@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pagedkv.testing.greedy import first_greedy_difference
+from pagedkv.testing.tiny_models import tiny_model
 
 
 class NextToken(torch.nn.Module):
@@ -45,3 +46,13 @@ def test_wrong_token_is_no_tie():
 def test_answer_that_stops_early_is_refused():
     with pytest.raises(ValueError, match="answers must end at the same token, got 1 and 2 equal tokens"):
         first_greedy_difference(NextToken(0.0), [1, 2], [3], [3, 4])
+
+
+def test_judge_over_a_rounded_cache_has_a_margin_of_its_own():
+    """It attends over what that cache keeps; the error of rounding keys and values alike is not counted as a tie."""
+    model, prompt = tiny_model("llama"), [3, 1, 4, 1, 5, 9, 2, 6]
+    whole = first_greedy_difference(model, prompt, [7], [8])
+    coarse, again = (first_greedy_difference(model, prompt, [7], [8], kv_dtype=torch.float8_e5m2) for _ in range(2))
+    assert coarse == again
+    assert coarse.margin != whole.margin
+    assert not coarse.is_tie

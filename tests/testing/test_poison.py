@@ -1,5 +1,7 @@
 """The poison must bite: a kernel that reads what it does not own fails because of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,10 +26,19 @@ def test_uninitialised_memory_is_nan_in_every_test(dtype):
         assert torch.empty(3, dtype=dtype).isnan().all()
 
 
-def test_a_new_pool_is_nan():
-    pool = pagedkv.KVPool(SPEC, num_pages=3)
-    assert pool.key_pages(0).isnan().all()
-    assert pool.value_pages(1).isnan().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_new_pool_is_nan(dtype):
+    pool = pagedkv.KVPool(replace(SPEC, dtype=dtype), num_pages=3)
+    assert pool.key_pages(0).float().isnan().all()
+    assert pool.value_pages(1).float().isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_scales_of_a_new_pool_are_nan(dtype):
+    pool = pagedkv.KVPool(replace(SPEC, dtype=dtype), num_pages=3)
+    for layer in range(2):
+        assert pool.key_scales(layer).isnan().all()
+        assert pool.value_scales(layer).isnan().all()
 
 
 def test_poisoned_memory_restores_what_was_set():
@@ -67,6 +78,41 @@ def test_poison_unused_fills_exactly_the_other_slots_of_a_pool(layout, order):
             unused = in_slot_order.isnan().all(dim=(2, 3))
             assert torch.equal(unused, in_slot_order.isnan().any(dim=(2, 3)))
             assert torch.equal(unused, ~owned_slots(table, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("order", ["layer_first", "page_first"])
+def test_poison_unused_fills_codes_and_scales_of_the_other_slots(dtype, layout, order):
+    spec = pagedkv.KVCacheSpec(2, 3, 8, page_size=4, dtype=dtype, layout=layout, order=order)
+    pool = pagedkv.KVPool(spec, num_pages=4)
+    pool.buffer.zero_()
+    table = pagedkv.PageTable.from_rows([[3, 1], [2]], seq_lens=[5, 4], page_size=4)
+    poison_unused(pool, table)
+    unused = ~owned_slots(table, 4)
+    for layer in range(2):
+        for pages in (pool.key_pages(layer), pool.value_pages(layer)):
+            in_slot_order = pages.transpose(1, 2) if layout == "HND" else pages
+            codes = in_slot_order.view(torch.uint8)
+            assert (codes[unused] == 0x7F).all()
+            assert (codes[~unused] == 0).all()
+            assert dtype == torch.int8 or in_slot_order[unused].float().isnan().all()
+        for scales in (pool.key_scales(layer), pool.value_scales(layer)):
+            if dtype == torch.float8_e5m2:
+                assert scales is None
+                continue
+            assert torch.equal(scales.transpose(1, 2).isnan(), unused[:, :, None].expand(4, 4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_unused_slots_of_quantised_pages_read_back_as_nan(dtype):
+    pool = pagedkv.KVPool(replace(SPEC, dtype=dtype), num_pages=2)
+    table = pagedkv.PageTable.from_rows([[1]], seq_lens=[3], page_size=4)
+    pool.store(0, torch.ones(3, 2, 8), torch.ones(3, 2, 8), torch.tensor([4, 5, 6]))
+    poison_unused(pool, table)
+    for states in pool.gather(0, torch.arange(8)):
+        assert states[[0, 1, 2, 3, 7]].isnan().all()
+        assert states[4:7].isfinite().all()
 
 
 def test_poison_unused_refuses_a_table_of_other_pages():

@@ -1,7 +1,8 @@
-"""Plans over page tables, for the attention op."""
+"""Plans over page tables, and the wrappers of the attention op that take several."""
 
 from __future__ import annotations
 
+from .cascade import cascade_attention
 from .plan import plan_attention
 
-__all__ = ["plan_attention"]
+__all__ = ["cascade_attention", "plan_attention"]

@@ -89,7 +89,8 @@ def _equality(run: EngineRun, baseline: BaselineRun) -> str:
     for number, (result, answer) in enumerate(zip(run.results, baseline.answers, strict=True), start=1):
         if result.token_ids != answer:
             text += f"\n    request {number} differs from token {_first_difference(result.token_ids, answer) + 1} on"
-    return f"{text}\n    A padded batch rounds differently; where two tokens are nearly equally likely, that decides."
+    reason = "A padded batch rounds differently, and so do pages of another dtype than the model's"
+    return f"{text}\n    {reason}; where two tokens are nearly equally likely, that decides."
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:

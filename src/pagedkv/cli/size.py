@@ -49,7 +49,7 @@ def describe_size(
     spec: Spec, *, tp_size: int = 1, memory_bytes: int | None = None, num_tokens: int | None = None
 ) -> list[tuple[str, str]]:
     """The lines of the report, name and value; figures are of one rank."""
-    rows = [("cache", _geometry(spec, tp_size)), ("dtype", dtype_name(spec.dtype))]
+    rows = [("cache", _geometry(spec, tp_size)), ("dtype", _dtype(spec))]
     rows.append(("bytes per token", _exact(spec.bytes_per_token)))
     rows.append((f"bytes per page of {spec.page_size} tokens", _exact(spec.bytes_per_page)))
     if memory_bytes is not None:
@@ -76,6 +76,12 @@ def _geometry(spec: Spec, tp_size: int) -> str:
     stores = f"{len(layers)} layers" if len(layers) == spec.num_layers else f"{len(layers)} of {spec.num_layers} layers"
     geometry = f"{' or '.join(kinds)}, {stores}"
     return geometry if tp_size == 1 else f"{geometry}, each of {tp_size} ranks"
+
+
+def _dtype(spec: Spec) -> str:
+    name = dtype_name(spec.dtype)
+    has_scales = isinstance(spec, KVCacheSpec) and spec.has_scales
+    return f"{name}, and a float32 scale for each token and head of K and of V" if has_scales else name
 
 
 def _exact(num_bytes: int) -> str:

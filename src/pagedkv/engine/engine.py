@@ -33,8 +33,9 @@ _DEFAULT_POOL_BYTES = 2**30
 class Engine:
     """Answers requests together: each step computes prompts in chunks and one token of every request that decodes.
 
-    num_pages: of the pool; None is room for max_num_seqs whole contexts, at most 1 GiB. kv_dtype: of the pages, None is
-            the model's. max_batch_tokens: of one step, prompts and decoding together. seed: see SamplingParams.seed.
+    num_pages: of the pool; None is room for max_num_seqs whole contexts, at most 1 GiB. kv_dtype: of the pages, any of
+            KVCacheSpec, int8 and float8 too; None is the model's. max_batch_tokens: of one step, prompts and decoding
+            together. seed: see SamplingParams.seed.
     Owns:   the pool and its pages. The model is not changed; between steps it is as it was.
     Threads: any may submit and cancel; one call runs at a time. `on_token` is called by the thread that steps, and may
             submit and cancel.

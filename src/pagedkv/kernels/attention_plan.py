@@ -19,6 +19,8 @@ class AttentionPlan:
             custom_mask [sum q_len * kv_len] bool, row-major a sequence, True = keep; mask_indptr [S + 1] int64.
     window_left: -1 for none, else a row at position p sees keys from p - window_left on.
     max_page: largest page id named, -1 for none.
+    work: how the batch is cut into items for threads, as the native core wrote it ([n] int64); None leaves the cut to
+            the back end at each call.
     """
 
     query_indptr: torch.Tensor
@@ -36,6 +38,7 @@ class AttentionPlan:
     max_page: int
     custom_mask: torch.Tensor | None = None
     mask_indptr: torch.Tensor | None = None
+    work: torch.Tensor | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -47,10 +50,18 @@ class AttentionPlan:
         """Query heads a KV head."""
         return self.num_q_heads // self.num_kv_heads
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes the native core takes for partial results of sequences that several items compute, 0 without `work`."""
+        if self.work is None:
+            return 0
+        return int(self.work[0]) * 4 * (self.value_dim + 2)
+
     def pack(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
         """The plan as the arguments of a torch op; `unpack` is the inverse."""
         masks = [] if self.custom_mask is None or self.mask_indptr is None else [self.custom_mask, self.mask_indptr]
         tensors = [self.query_indptr, self.page_indptr, self.page_indices, self.seq_lens]
+        tensors += [] if self.work is None else [self.work]
         numbers = [
             self.page_size,
             self.num_q_heads,
@@ -70,7 +81,7 @@ class AttentionPlan:
     ) -> AttentionPlan:
         """Rebuilds a plan from what `pack` gave."""
         page_size, num_q_heads, num_kv_heads, head_dim, value_dim, causal, window_left, num_tokens, max_page = numbers
-        query_indptr, page_indptr, page_indices, seq_lens = tensors
+        query_indptr, page_indptr, page_indices, seq_lens, *work = tensors
         custom_mask, mask_indptr = masks if masks else (None, None)
         return cls(
             query_indptr=query_indptr,
@@ -88,4 +99,5 @@ class AttentionPlan:
             max_page=max_page,
             custom_mask=custom_mask,
             mask_indptr=mask_indptr,
+            work=work[0] if work else None,
         )

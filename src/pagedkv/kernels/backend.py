@@ -22,7 +22,16 @@ __all__ = ["Backend", "BackendStatus", "OpCall", "backends", "register_backend",
 
 logger = logging.getLogger("pagedkv")
 
-OPS = ("store_kv", "gather_kv", "copy_pages", "paged_attention", "merge_states")
+OPS = (
+    "store_kv",
+    "gather_kv",
+    "copy_pages",
+    "quantize_kv",
+    "apply_rope",
+    "paged_attention",
+    "mla_attention",
+    "merge_states",
+)
 
 
 class OpCall(NamedTuple):

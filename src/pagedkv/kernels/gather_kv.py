@@ -22,7 +22,9 @@ def gather_kv(
     """Copies the keys and values of the named slots out of the pages: the inverse of store_kv.
 
     Shapes: key_pages [N, P, Hk, D]; value_pages [N, P, Hk, Dv] ("HND": [N, Hk, P, D]); slots [T] int64.
-            Returns key [T, Hk, D] and value [T, Hk, Dv], contiguous, in the dtype of the pages.
+            Returns key [T, Hk, D] and value [T, Hk, Dv], contiguous, in the dtype of the pages: those of int8 and
+            float8 pages are the codes, bit for bit. Their scales [N, Hk, P] are read as pages of one element a head,
+            `gather_kv(key_scales[..., None], value_scales[..., None], slots, layout="HND")`.
     Slots:  slot = page * P + offset. A negative slot gives a row of zeros. Slots may repeat.
     Raises: ValueError, TypeError for a shape, dtype, device or slot that breaks the lines above, and for pages that
             require a gradient while gradients are recorded.
@@ -39,7 +41,7 @@ def _gather_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     key_pages, value_pages = to_nhd(key_pages, value_pages, layout)
     shapes = Shapes()
-    check_kv_pages(shapes, key_pages, value_pages, layout)
+    check_kv_pages(shapes, key_pages, value_pages, layout, quantised=True)
     shapes.check("slots", slots, "T")
     check_dtype("slots", slots, torch.int64)
     check_device("slots", slots, key_pages.device, "key_pages")

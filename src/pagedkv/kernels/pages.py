@@ -46,12 +46,19 @@ def fits_graph(*pages: torch.Tensor) -> bool:
     return all(isinstance(view, torch.Tensor) and view.is_contiguous() for view in pages)
 
 
-def check_kv_pages(shapes: Shapes, key_pages: torch.Tensor, value_pages: torch.Tensor, layout: str = "NHD") -> None:
-    """Binds N, P, Hk, D, Dv from pages that are already in NHD order."""
+def check_kv_pages(
+    shapes: Shapes,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    layout: str = "NHD",
+    *,
+    quantised: bool = False,
+) -> None:
+    """Binds N, P, Hk, D, Dv from pages that are already in NHD order; `quantised` lets int8 and float8 pages pass."""
     shapes.check("key_pages", key_pages, "N P Hk D")
     shapes.check("value_pages", value_pages, "N P Hk Dv")
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
-        check_floating(name, pages)
+        check_floating(name, pages, quantised=quantised)
         check_last_dim_contiguous(name, pages)
         check_device(name, pages, key_pages.device, "key_pages")
     if key_pages.dtype != value_pages.dtype:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .mla_pool import MLAPool
 from .page_table import PageTable
 from .pool import KVPool
 
-__all__ = ["KVPool", "PageTable"]
+__all__ = ["KVPool", "MLAPool", "PageTable"]

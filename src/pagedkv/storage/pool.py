@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels.copy_pages import copy_pages
 from ..kernels.gather_kv import gather_kv
+from ..kernels.quantize import dequantize_kv
 from ..kernels.store_kv import store_kv
 from ..shapes import check_int
 from ..spec import KVCacheSpec
+from .page_buffer import page_buffer
 
 __all__ = ["KVPool"]
 
@@ -20,6 +23,9 @@ class KVPool:
 
     Shapes: key_pages(layer) [N, P, Hk, D], value_pages(layer) [N, P, Hk, Dv] ("HND": [N, Hk, P, D]), views of `buffer`.
             Order "layer_first" of a uniform spec is one tensor [2, L, N, P, Hk, D], "page_first" [N, L, 2, P, Hk, D].
+    Scales: int8 and float8_e4m3fn add key_scales(layer) and value_scales(layer), [N, Hk, P] float32. The buffer is then
+            bytes, and the scales lie before the pages: for "layer_first" before those of all pages, for "page_first" at
+            the start of each page, so that a page is still one run of bytes with all that it needs.
     When:   pages start uninitialised; a slot holds something once it is stored to.
     Owns:   `buffer`. Who may write which page is the manager's business, not the pool's.
     Raises: ValueError, TypeError for a spec or a page count that cannot be.
@@ -36,9 +42,8 @@ class KVPool:
         self.spec = spec
         self.num_pages = num_pages
         page_elements = spec.bytes_per_page // spec.dtype.itemsize
-        # Outside inference mode, so that the pool can be written both inside and outside of it later.
-        with torch.inference_mode(False):
-            self.buffer = torch.empty(num_pages * page_elements, dtype=spec.dtype, device=device)
+        dtype = torch.uint8 if spec.has_scales else spec.dtype
+        self.buffer = page_buffer(num_pages * page_elements, dtype, device)
         self._views = _layer_views(self.buffer, spec, num_pages)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,19 +71,50 @@ class KVPool:
 
     def key_pages(self, layer: int) -> torch.Tensor:
         """The keys of one layer, a view."""
-        return self._layer(layer)[0]
+        return self._layer(layer).key
 
     def value_pages(self, layer: int) -> torch.Tensor:
         """The values of one layer, a view."""
-        return self._layer(layer)[1]
+        return self._layer(layer).value
+
+    def key_scales(self, layer: int) -> torch.Tensor | None:
+        """The scales of the keys of one layer, a view; None for a pool without scales."""
+        return self._layer(layer).key_scales
+
+    def value_scales(self, layer: int) -> torch.Tensor | None:
+        """The scales of the values of one layer, a view; None for a pool without scales."""
+        return self._layer(layer).value_scales
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Writes new keys and values of one layer into their slots; see `pagedkv.store_kv`."""
-        store_kv(key, value, *self._layer(layer), slot_mapping, layout=self.spec.layout)
+        """Writes new keys and values of one layer into their slots; see `pagedkv.store_kv`.
+
+        A pool with scales takes float32, float16 and bfloat16 and quantises them; any other takes its own dtype.
+        """
+        pages, value_pages, key_scales, value_scales = self._layer(layer)
+        store_kv(
+            key,
+            value,
+            pages,
+            value_pages,
+            slot_mapping,
+            key_scales=key_scales,
+            value_scales=value_scales,
+            layout=self.spec.layout,
+        )
 
     def gather(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of keys [n, Hk, D] and values [n, Hk, Dv] of one layer in the named slots; see `pagedkv.gather_kv`."""
-        return gather_kv(*self._layer(layer), slots, layout=self.spec.layout)
+        """Copies of keys [n, Hk, D] and values [n, Hk, Dv] of one layer in the named slots; see `pagedkv.gather_kv`.
+
+        A pool with scales gives the numbers that its codes stand for, in float32; any other gives its own dtype. The
+        codes themselves are read from `key_pages` and `value_pages`.
+        """
+        pages, value_pages, key_scales, value_scales = self._layer(layer)
+        key, value = gather_kv(pages, value_pages, slots, layout=self.spec.layout)
+        if key_scales is None or value_scales is None:
+            return key, value
+        # Scales are pages of one element a head, in HND order whatever the layout of the pool.
+        scales = gather_kv(key_scales[..., None], value_scales[..., None], slots, layout="HND")
+        return dequantize_kv(key, scales[0][..., 0]), dequantize_kv(value, scales[1][..., 0])
 
     def copy_pages(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Copies page src[i] over page dst[i] in all layers; src, dst [n] int64; see `pagedkv.copy_pages`."""
@@ -86,14 +122,21 @@ class KVPool:
             copy_pages(pages, pages, src, dst)
 
     def _pages_by_axis(self) -> list[torch.Tensor]:
-        """All bytes of the pool in views whose first axis is the page: one view, or one a layer when layers differ."""
+        """All bytes of the pool in views whose first axis is the page: as few as its order and its layers allow."""
         if self.spec.order == "page_first":
             return [self.buffer.view(self.num_pages, -1)]
         if self.spec.is_uniform:
-            return [self.buffer.view(2 * self.spec.num_layers, self.num_pages, -1).movedim(1, 0)]
-        return [pages for views in self._views for pages in views if pages.numel()]
+            first = self._views[0]
+            return [self._all_layers(pages) for pages in (first.key, first.key_scales) if pages is not None]
+        return [pages for views in self._views for pages in views if pages is not None and pages.numel()]
 
-    def _layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _all_layers(self, first: torch.Tensor) -> torch.Tensor:
+        """[N, 2 * L, ...]: pages or scales of all layers of a uniform "layer_first" pool, from the first layer's."""
+        num_elements = first[0].numel()
+        shape = self.num_pages, 2 * self.spec.num_layers, num_elements
+        return first.as_strided(shape, (num_elements, self.num_pages * num_elements, 1))
+
+    def _layer(self, layer: int) -> _LayerPages:
         if not isinstance(layer, int) or isinstance(layer, bool):
             raise TypeError(f"layer must be an int, got {type(layer).__name__}.")
         if not 0 <= layer < len(self._views):
@@ -105,32 +148,64 @@ class KVPool:
         return f"KVPool(num_pages={self.num_pages}, device={str(self.device)!r}, {size}, {self.spec})"
 
 
-def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """K and V of each layer. One rule gives both orders: a view is an offset and a page stride."""
-    page_elements = spec.bytes_per_page // spec.dtype.itemsize
-    key_sizes = [spec.page_size * layer.num_kv_heads * layer.head_dim for layer in spec.layers]
-    value_sizes = [spec.page_size * layer.num_kv_heads * layer.value_dim for layer in spec.layers]
+_PairOfShapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class _LayerPages(NamedTuple):
+    key: torch.Tensor
+    value: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+
+
+def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> list[_LayerPages]:
+    def inner(num_heads: int, dim: int) -> tuple[int, ...]:
+        return (spec.page_size, num_heads, dim) if spec.layout == "NHD" else (num_heads, spec.page_size, dim)
+
+    page_shapes: list[_PairOfShapes] = [
+        (inner(heads, dim), inner(heads, value_dim)) for heads, dim, value_dim in spec.layers
+    ]
+    if not spec.has_scales:
+        return [_LayerPages(*pair, None, None) for pair in _key_value_views(buffer, spec, num_pages, page_shapes)]
+    scale_shapes: list[_PairOfShapes] = [((layer.num_kv_heads, spec.page_size),) * 2 for layer in spec.layers]
+    scales = _key_value_views(buffer.view(torch.float32), spec, num_pages, scale_shapes)
+    num_scale_bytes = 4 * sum(math.prod(key) + math.prod(value) for key, value in scale_shapes)
+    pages = _key_value_views(buffer.view(spec.dtype), spec, num_pages, page_shapes, num_before=num_scale_bytes)
+    return [_LayerPages(*pair, *scale_pair) for pair, scale_pair in zip(pages, scales, strict=True)]
+
+
+def _key_value_views(
+    buffer: torch.Tensor,
+    spec: KVCacheSpec,
+    num_pages: int,
+    shapes: list[_PairOfShapes],
+    num_before: int = 0,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V of each layer, [N, *shape], where every page has `num_before` elements of other kinds before them.
+
+    One rule gives both orders: a view is an offset and a page stride.
+    """
+    key_sizes, value_sizes = [math.prod(key) for key, _ in shapes], [math.prod(value) for _, value in shapes]
+    page_elements = spec.bytes_per_page // buffer.element_size()
     views = []
-    for index, layer in enumerate(spec.layers):
+    for index, (key_shape, value_shape) in enumerate(shapes):
+        keys_before, values_before = sum(key_sizes[:index]), sum(value_sizes[:index])
         if spec.order == "page_first":
-            key_offset = sum(key_sizes[:index]) + sum(value_sizes[:index])
+            key_offset = num_before + keys_before + values_before
             value_offset = key_offset + key_sizes[index]
             strides = page_elements, page_elements
         else:
-            key_offset = num_pages * sum(key_sizes[:index])
-            value_offset = num_pages * (sum(key_sizes) + sum(value_sizes[:index]))
+            key_offset = num_pages * (num_before + keys_before)
+            value_offset = num_pages * (num_before + sum(key_sizes) + values_before)
             strides = key_sizes[index], value_sizes[index]
-        views.append(
-            (
-                _page_view(buffer, key_offset, strides[0], num_pages, spec, layer.num_kv_heads, layer.head_dim),
-                _page_view(buffer, value_offset, strides[1], num_pages, spec, layer.num_kv_heads, layer.value_dim),
-            )
-        )
+        key = _page_view(buffer, key_offset, strides[0], num_pages, key_shape)
+        value = _page_view(buffer, value_offset, strides[1], num_pages, value_shape)
+        views.append((key, value))
     return views
 
 
 def _page_view(
-    buffer: torch.Tensor, offset: int, page_stride: int, num_pages: int, spec: KVCacheSpec, num_heads: int, dim: int
+    buffer: torch.Tensor, offset: int, page_stride: int, num_pages: int, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    inner = (spec.page_size, num_heads, dim) if spec.layout == "NHD" else (num_heads, spec.page_size, dim)
-    return buffer.as_strided((num_pages, *inner), (page_stride, inner[1] * dim, dim, 1), offset)
+    inner = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return buffer.as_strided((num_pages, *shape), (page_stride, *inner), offset)

@@ -1,4 +1,7 @@
-"""Whether two greedy answers differ for a reason: the first token where they part, and how close the choice was."""
+"""Whether two greedy answers differ for a reason: the first token where they part, and how close the choice was.
+
+Needs the extra `transformers`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .rounded_cache import RoundedCache
 
 __all__ = ["GreedyDifference", "first_greedy_difference"]
 
@@ -41,12 +46,18 @@ class GreedyDifference:
 
 
 def first_greedy_difference(
-    model: Any, prompt_ids: Sequence[int], ours: Sequence[int], theirs: Sequence[int]
+    model: Any,
+    prompt_ids: Sequence[int],
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    *,
+    kv_dtype: torch.dtype | None = None,
 ) -> GreedyDifference | None:
     """Compares two greedy answers, EOS included; None when they are equal.
 
     Where they part, the model judges the tokens both agree on twice: as it is, and in float64. The largest difference
     of its logits is the error of its dtype there, from which `rounding` is derived; nothing is chosen by hand.
+    kv_dtype: of the cache both answers come from; the judge then attends over keys and values rounded to it.
     Raises: ValueError when one answer merely ends before the other: no token can be compared then.
     """
     at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
@@ -56,14 +67,17 @@ def first_greedy_difference(
         return None
     token_ids = torch.tensor([[*prompt_ids, *ours[:at]]])
     with torch.inference_mode():
-        rounded = _last_logits(model, token_ids)
-        exact = _last_logits(copy.deepcopy(model).double(), token_ids)
+        rounded = _last_logits(model, token_ids, kv_dtype)
+        exact = _last_logits(copy.deepcopy(model).double(), token_ids, kv_dtype)
     error = float((rounded - exact).abs().max())
     margin = float(abs(exact[ours[at]] - exact[theirs[at]]))
     # Two logits, each off by twice `error` at most, in each of the two computations.
     return GreedyDifference(at, int(ours[at]), int(theirs[at]), margin, 2 * 2 * 2 * error)
 
 
-def _last_logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=token_ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+def _last_logits(model: Any, token_ids: torch.Tensor, kv_dtype: torch.dtype | None) -> torch.Tensor:
+    cache: dict[str, Any] = {"use_cache": False}
+    if kv_dtype is not None:
+        cache = {"use_cache": True, "past_key_values": RoundedCache(model.config, kv_dtype)}
+    logits: torch.Tensor = model(input_ids=token_ids, logits_to_keep=1, **cache).logits[0, -1]
     return logits.double()

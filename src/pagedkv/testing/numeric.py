@@ -1,4 +1,4 @@
-"""What attention and merging should give, in float64, and how far a result may be off: derived, not chosen.
+"""What attention, rotation and merging should give, in float64, and how far a result may be off: derived, not chosen.
 
 The rule: the largest error against float64 is at most twice the largest error of the same formula in plain torch with
 float32 arithmetic on the same inputs, plus one rounding to the dtype of the result.
@@ -13,8 +13,9 @@ import torch
 
 from ..kernels.attention_plan import AttentionPlan
 from ..kernels.merge_states import AttentionState
+from ..kernels.rope import RotaryEmbedding
 
-__all__ = ["assert_attention_close", "assert_close_to_oracle", "attention_oracle", "merge_oracle"]
+__all__ = ["assert_attention_close", "assert_close_to_oracle", "attention_oracle", "merge_oracle", "rope_oracle"]
 
 
 def attention_oracle(
@@ -28,6 +29,9 @@ def attention_oracle(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    rope: RotaryEmbedding | None = None,
+    key_scales: float | torch.Tensor | None = None,
+    value_scales: float | torch.Tensor | None = None,
     arithmetic: torch.dtype = torch.float64,
 ) -> AttentionState:
     """Attention of one sequence and one head at a time, from the definition; shares no code with any back end.
@@ -45,9 +49,14 @@ def attention_oracle(
         positions = torch.arange(len(pages) - (stop - start), len(pages))[:, None]
         keys = torch.arange(len(pages))
         seen = _seen(plan, sequence, positions, keys)
+        if rope is not None:
+            row_turns, key_turns = (_turns(rope, at, arithmetic) for at in (positions[:, 0], keys))
         for head in range(plan.num_q_heads):
             at = pages, offsets, head // plan.group
-            logits = (query[start:stop, head].to(arithmetic) @ key_pages[at].to(arithmetic).T) * scale
+            row, key = query[start:stop, head].to(arithmetic), _elements(key_pages, key_scales, at, arithmetic)
+            if rope is not None:
+                row, key = _rotated(row, row_turns, rope), _rotated(key, key_turns, rope)
+            logits = (row @ key.T) * scale
             if soft_cap:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
             if alibi_slopes is not None:
@@ -58,8 +67,16 @@ def attention_oracle(
             row_lse = torch.logsumexp(logits, 1)
             weights = torch.exp(logits - row_lse.masked_fill(row_lse == -math.inf, 0.0)[:, None])[:, : len(pages)]
             lse[start:stop, head] = row_lse
-            out[start:stop, head] = weights @ value_pages[at].to(arithmetic)
+            out[start:stop, head] = weights @ _elements(value_pages, value_scales, at, arithmetic)
     return AttentionState(out, lse)
+
+
+def rope_oracle(
+    x: torch.Tensor, positions: torch.Tensor, rope: RotaryEmbedding, arithmetic: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """The rotation of x [T, H, D] as a product of complex numbers, one head at a time."""
+    turns = _turns(rope, positions, arithmetic)
+    return torch.stack([_rotated(head.to(arithmetic), turns, rope) for head in x.unbind(1)], 1)
 
 
 def merge_oracle(values: torch.Tensor, lse: torch.Tensor, arithmetic: torch.dtype = torch.float64) -> AttentionState:
@@ -77,9 +94,13 @@ def assert_attention_close(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     plan: AttentionPlan,
+    *,
+    out_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
     """Asserts out and lse of a `paged_attention(..., return_lse=True)` with these arguments by the rule above."""
+    expected = out_dtype or query.dtype
+    assert actual.out.dtype == expected, f"out must have dtype {expected}, got {actual.out.dtype}."
     exact = attention_oracle(query, key_pages, value_pages, plan, **options)
     plain = attention_oracle(query, key_pages, value_pages, plan, **options, arithmetic=torch.float32)
     assert_close_to_oracle("out", actual.out, exact.out, plain.out)
@@ -107,6 +128,53 @@ def _slots(plan: AttentionPlan, sequence: int) -> tuple[torch.Tensor, torch.Tens
     tokens = torch.arange(int(plan.seq_lens[sequence]))
     first = int(plan.page_indptr[sequence])
     return plan.page_indices[first + tokens // plan.page_size].long(), tokens % plan.page_size
+
+
+def _elements(
+    pages: torch.Tensor,
+    scales: float | torch.Tensor | None,
+    at: tuple[torch.Tensor, torch.Tensor, int],
+    arithmetic: torch.dtype,
+) -> torch.Tensor:
+    """[kv_len, D]: what the tokens of one sequence and head stand for."""
+    elements = pages[at].to(arithmetic)
+    if isinstance(scales, torch.Tensor):
+        page, offset, head = at
+        return elements * scales[page, head, offset].to(arithmetic)[:, None]
+    return elements if scales is None else elements * scales
+
+
+def _turns(rope: RotaryEmbedding, positions: torch.Tensor, arithmetic: torch.dtype) -> torch.Tensor:
+    """[n, dim / 2] complex: e^(i * angle) of each position and pair."""
+    angle_of_one = torch.tensor([_angle(rope, pair) for pair in range(rope.dim // 2)], dtype=torch.float64)
+    # The angle is exact and its cosine and sine rounded once, whatever the arithmetic: in float32 it would be far off
+    # at high positions, and far off would then be allowed.
+    angles = torch.outer(positions.double(), angle_of_one)
+    return torch.complex(angles.cos().to(arithmetic), angles.sin().to(arithmetic))
+
+
+def _rotated(x: torch.Tensor, turns: torch.Tensor, rope: RotaryEmbedding) -> torch.Tensor:
+    """x [n, D] with the pairs of its first rope.dim columns, as complex numbers, times `turns`."""
+    columns = torch.arange(rope.dim)
+    first, second = (columns[0::2], columns[1::2]) if rope.interleaved else columns.chunk(2)
+    turned = torch.complex(x[:, first], x[:, second]) * turns
+    result = x.clone()
+    result[:, first], result[:, second] = turned.real, turned.imag
+    return result
+
+
+def _angle(rope: RotaryEmbedding, pair: int) -> float:
+    """Radians that a pair turns a position."""
+    angle: float = float(rope.theta) ** (-2.0 * pair / rope.dim)
+    if rope.llama31 is not None:
+        num_turns = rope.llama31.old_context_len * angle / (2 * math.pi)
+        if num_turns < rope.llama31.low_freq_factor:
+            angle /= rope.llama31.factor
+        elif num_turns <= rope.llama31.high_freq_factor:
+            span = rope.llama31.high_freq_factor - rope.llama31.low_freq_factor
+            share = (num_turns - rope.llama31.low_freq_factor) / span
+            angle = (1 - share) * angle / rope.llama31.factor + share * angle
+    return angle / rope.scale
 
 
 def _seen(plan: AttentionPlan, sequence: int, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

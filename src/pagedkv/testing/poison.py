@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from ..shapes import QUANTISED_DTYPES
 from ..storage.page_table import PageTable
 from ..storage.pool import KVPool
 
 __all__ = ["owned_slots", "poison_unused", "poisoned_memory"]
+
+# Of both float8 the bits of a NaN; int8 has none, and its largest code stands for NaN only with the scale of its slot.
+_POISON_BYTE = 0x7F
 
 
 @contextmanager
@@ -40,20 +44,27 @@ def poisoned_memory() -> Iterator[None]:
 def poison_unused(pages: KVPool | torch.Tensor, table: PageTable, *, layout: str = "NHD") -> None:
     """Fills every slot that no sequence of `table` owns with NaN, the tails of last pages included.
 
-    Shapes: pages [N, P, Hk, D] (layout "HND": [N, Hk, P, D]) of any strides, or a pool: all its layers, in its layout.
+    Shapes: pages [N, P, Hk, D] (layout "HND": [N, Hk, P, D]) of any strides, or a pool: all its layers, in its layout,
+            with their scales if it has such. int8 pages get 127, which is NaN by the scale of their slot.
     Raises: ValueError for a table of another page size, or one that names a page beyond the pages.
     """
     if isinstance(pages, KVPool):
         for layer in range(pages.spec.num_layers):
             for view in (pages.key_pages(layer), pages.value_pages(layer)):
                 poison_unused(view, table, layout=pages.spec.layout)
+            for scales in (pages.key_scales(layer), pages.value_scales(layer)):
+                if scales is not None:
+                    poison_unused(scales, table, layout="HND")
         return
     in_slot_order = pages.transpose(1, 2) if layout == "HND" else pages
     num_pages, page_size = in_slot_order.shape[:2]
     if page_size != table.page_size:
         raise ValueError(f"pages must have the page size of the table, {table.page_size}, got {page_size}.")
     unused = ~owned_slots(table, num_pages)
-    in_slot_order[unused.to(pages.device)] = torch.nan
+    if pages.dtype in QUANTISED_DTYPES:
+        in_slot_order.view(torch.uint8)[unused.to(pages.device)] = _POISON_BYTE
+    else:
+        in_slot_order[unused.to(pages.device)] = torch.nan
 
 
 def owned_slots(table: PageTable, num_pages: int) -> torch.Tensor:

@@ -9,9 +9,12 @@ import transformers
 from pagedkv import OutOfPagesError
 from pagedkv.integrations.transformers import PagedCache, UnsupportedModelError
 from pagedkv.management import check_integrity
+from pagedkv.testing.bits import same_bits
+from pagedkv.testing.rounded_cache import RoundedCache
 from pagedkv.testing.tiny_models import tiny_model
 
 NUM_TOKENS = 12
+OTHER_DTYPES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 def padded(lengths):
@@ -144,13 +147,49 @@ def test_deepcopy_continues_a_shared_prompt():
     check_integrity(cache.manager)
 
 
-def test_pages_of_another_dtype():
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_pages_of_another_dtype(dtype):
     model = tiny_model("llama")
-    cache = PagedCache(model.config, num_pages=16, page_size=4, dtype=torch.bfloat16)
+    cache = PagedCache(model.config, num_pages=16, page_size=4, dtype=dtype)
     with torch.inference_mode():
         logits = model(torch.arange(5)[None], past_key_values=cache).logits
     assert logits.dtype == torch.float32
-    assert cache.manager.pool.spec.dtype == torch.bfloat16
+    assert cache.manager.pool.spec.dtype == dtype
+
+
+@pytest.mark.parametrize("of_model", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_update_gives_back_what_a_cache_of_that_dtype_would_keep(dtype, of_model):
+    """Bit for bit, of all tokens, the new ones included; the second step begins inside a page."""
+    config = tiny_model("llama").config
+    paged, expected = PagedCache(config, num_pages=16, page_size=4, dtype=dtype), RoundedCache(config, dtype)
+    for num_tokens in (5, 1, 6):
+        states = (5 * torch.randn(2, 2, 2, num_tokens, 8)).to(of_model)  # K and V, rows, heads
+        for layer in range(2):
+            got, kept = paged.update(*states, layer), expected.update(*states, layer)
+            for ours, theirs in zip(got, kept, strict=True):
+                assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_over_pages_of_another_dtype(name, dtype, options):
+    """Beams copy pages where they part: scales must come along."""
+    model = tiny_model(name)
+    ids, mask = padded([5, 13])
+    cache = PagedCache(model.config, num_pages=128, page_size=4, dtype=dtype)
+    expected = run(model, RoundedCache(model.config, dtype), ids, mask, **options)
+    assert torch.equal(run(model, cache, ids, mask, **options), expected)
+    assert not options or cache.manager.stats().copied_pages > 0
+    check_integrity(cache.manager)
+
+
+def test_states_with_a_strided_last_dim():
+    cache = PagedCache(tiny_model("llama").config, num_pages=4)
+    states = torch.randn(2, 1, 2, 8, 3).transpose(3, 4)
+    for ours, given in zip(cache.update(*states, 0), states, strict=True):
+        assert same_bits(ours, given)
 
 
 def test_out_of_pages_stores_nothing():

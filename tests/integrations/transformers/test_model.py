@@ -8,6 +8,8 @@ import transformers
 
 from pagedkv import KVPool, PageTable
 from pagedkv.integrations.transformers import PagedModel, PagedStep, UnsupportedModelError, check_model
+from pagedkv.testing.greedy import first_greedy_difference
+from pagedkv.testing.rounded_cache import RoundedCache
 from pagedkv.testing.tiny_models import TINY_MODELS, VOCAB_SIZE, tiny_model
 
 PAGE_SIZE = 4
@@ -19,8 +21,7 @@ PROMPTS = [
 def paged_greedy(paged, prompts, num_tokens, dtype=None):
     """Greedy tokens of all prompts in one packed batch over shuffled pages of a poisoned pool."""
     num_pages = 64
-    pool = KVPool(paged.spec(PAGE_SIZE, dtype), num_pages)
-    pool.buffer.fill_(torch.nan)
+    pool = KVPool(paged.spec(PAGE_SIZE, dtype), num_pages)  # memory that nothing has written is NaN in every test
     pages = torch.randperm(num_pages).tolist()
     rows = [pages[i :: len(prompts)] for i in range(len(prompts))]
     ids, new = [list(prompt) for prompt in prompts], [len(prompt) for prompt in prompts]
@@ -35,9 +36,10 @@ def paged_greedy(paged, prompts, num_tokens, dtype=None):
     return [row[len(prompt) :] for row, prompt in zip(ids, prompts, strict=True)], step
 
 
-def generated(model, prompt, num_tokens):
+def generated(model, prompt, num_tokens, **options):
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, **options)
     return out[0, len(prompt) :].tolist()
 
 
@@ -68,6 +70,32 @@ def test_forward_over_pages_of_another_dtype_than_the_model():
     tokens, step = paged_greedy(paged, PROMPTS, 1, dtype=torch.bfloat16)
     assert step.pool.spec.dtype == torch.bfloat16
     assert len(tokens) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3n", "gpt_oss", "opt"])
+def test_forward_over_pages_of_another_dtype_loses_what_the_dtype_loses(name, dtype):
+    """The tokens of the model's own attention over keys and values that were rounded alike and kept without pages."""
+    model = tiny_model(name)
+    tokens, _ = paged_greedy(PagedModel(model), PROMPTS, 10, dtype)
+    for prompt, ours in zip(PROMPTS, tokens, strict=True):
+        theirs = generated(model, prompt, 10, past_key_values=RoundedCache(model.config, dtype))
+        difference = first_greedy_difference(model, prompt, ours, theirs, kv_dtype=dtype)
+        assert difference is None or difference.is_tie, str(difference)
+
+
+def test_logits_are_farther_off_the_coarser_the_pages():
+    """int8 has 127 steps of equal width below the largest number of a token; float8 has 3 bits or 2 after the first."""
+    paged = PagedModel(tiny_model("llama"))
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
+        pool = KVPool(paged.spec(PAGE_SIZE, dtype), 6)
+        table = PageTable.from_rows([[5, 0, 2, 1, 4, 3]], [21], PAGE_SIZE)
+        step = PagedStep(pool, paged.geometry, table, torch.tensor([0, 21], dtype=torch.int32))
+        logits[dtype] = paged.forward(torch.tensor(PROMPTS[2]), step, logit_rows=torch.arange(21))
+    errors = [float((other - logits[torch.float32]).square().mean()) for other in logits.values()]
+    assert errors == sorted(errors)
+    assert errors[1] > 0
 
 
 @pytest.mark.parametrize("logit_rows", [[0, 4], [2], []])

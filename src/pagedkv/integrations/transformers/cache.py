@@ -16,6 +16,7 @@ from ...spec import KVCacheSpec, Layout
 from .adapter import Cache, CacheLayerMixin, DummyLayer, layer_types
 from .cache_rows import CacheRows
 from .errors import UnsupportedModelError
+from .storable import as_storable
 
 __all__ = ["PagedCache"]
 
@@ -24,8 +25,9 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """Keys and values of a batch of equally long rows, padding included, on a pool of its own.
 
     config: of the model. num_pages: of the pool, taken when the first keys arrive, on their device.
-    dtype:  of the pages, by default that of the first keys; keys and values are rounded to it when stored, and come
-            back in the model's dtype.
+    dtype:  of the pages, by default that of the first keys; any of KVCacheSpec. Keys and values are rounded to it when
+            stored, for int8 and float8_e4m3fn with a scale for each token and head, and come back in the model's dtype:
+            new ones too, so that a token looks the same in every step.
     Owns:   the pool, until the cache is dropped. `reset` keeps the pool and gives all pages back.
     Raises: UnsupportedModelError for a model with layers that keep something else than keys and values of each token;
             OutOfPagesError when the rows need more than num_pages; the step then stored nothing.
@@ -141,9 +143,9 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         first_visible = self.get_mask_sizes(key_states.shape[2])[1]
         length = self.length + key_states.shape[2]
         pool = self._rows.reserve(key_states, length)
-        dtype = pool.spec.dtype
         slots = self._rows.slots(self.length, length).flatten()
-        pool.store(self.index, _flat(key_states).to(dtype), _flat(value_states).to(dtype), slots)
+        stored_key, stored_value = (as_storable(_flat(states), pool.spec) for states in (key_states, value_states))
+        pool.store(self.index, stored_key, stored_value, slots)
         self.length = length
         self.is_initialized = True
         key, value = pool.gather(self.index, self._rows.slots(first_visible, length).flatten())

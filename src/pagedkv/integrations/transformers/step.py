@@ -14,6 +14,7 @@ from ...storage.page_table import PageTable
 from ...storage.pool import KVPool
 from .attention import AttentionCall
 from .geometry import ModelGeometry
+from .storable import as_storable
 
 __all__ = ["PagedStep"]
 
@@ -83,9 +84,12 @@ class PagedStep:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores one layer's new keys [1, Hk, T, D] and values, rounded to the pool's dtype, and gives them back."""
-        dtype = self.pool.spec.dtype
-        self.pool.store(layer_idx, _packed(key).to(dtype), _packed(value).to(dtype), self.slot_mapping)
+        """Stores one layer's new keys [1, Hk, T, D] and values in the pool's dtype, and gives them back as they came.
+
+        Attention reads the pool: it sees new tokens as it will see them in later steps, rounded or quantised.
+        """
+        stored_key, stored_value = (as_storable(_packed(states), self.pool.spec) for states in (key, value))
+        self.pool.store(layer_idx, stored_key, stored_value, self.slot_mapping)
         return key, value
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -95,17 +99,18 @@ class PagedStep:
             raise ValueError(f"layer {call.layer_idx} must be one of the model that was checked, got another.")
         arguments = call.arguments
         window = layer.window if arguments.window is None else arguments.window
-        key_pages, value_pages = self.pool.key_pages(layer.stored_in), self.pool.value_pages(layer.stored_in)
         plan = self._plan(call.query.shape[1], layer.num_kv_heads, layer.head_dim, layer.value_dim, window)
         out = paged_attention(
             _packed(call.query),
-            key_pages,
-            value_pages,
+            self.pool.key_pages(layer.stored_in),
+            self.pool.value_pages(layer.stored_in),
             plan,
             layout=self.pool.spec.layout,
             sm_scale=arguments.sm_scale,
             soft_cap=arguments.soft_cap,
             sinks=arguments.sinks,
+            key_scales=self.pool.key_scales(layer.stored_in),
+            value_scales=self.pool.value_scales(layer.stored_in),
             backend=self._backend,
         )
         assert isinstance(out, torch.Tensor)  # no LSE was asked for

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..backend import OpCall, register_backend
 from .copy_pages import copy_pages
 from .gather_kv import gather_kv
 from .merge_states import merge_states
+from .mla_attention import mla_attention
 from .native import unavailable
 from .paged_attention import paged_attention
+from .quantize import quantize_kv
 from .store_kv import store_kv
 
-__all__ = ["copy_pages", "gather_kv", "merge_states", "paged_attention", "register", "store_kv"]
+__all__ = [
+    "copy_pages",
+    "gather_kv",
+    "merge_states",
+    "mla_attention",
+    "paged_attention",
+    "quantize_kv",
+    "register",
+    "store_kv",
+]
 
-_ATTENTION_FEATURES = frozenset({"alibi_slopes", "custom_mask", "sinks", "soft_cap"})
-_ATTENTION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ATTENTION_FEATURES = frozenset({"alibi_slopes", "custom_mask", "rope", "scales", "sinks", "soft_cap", "value_scale"})
 
 
 def register() -> None:
@@ -23,11 +31,13 @@ def register() -> None:
     register_backend(
         "cpu",
         ops={
+            "quantize_kv": quantize_kv,
             "store_kv": store_kv,
             "gather_kv": gather_kv,
             "copy_pages": copy_pages,
             "paged_attention": paged_attention,
             "merge_states": merge_states,
+            "mla_attention": mla_attention,
         },
         rejects=_rejects,
         unavailable=unavailable,
@@ -43,4 +53,7 @@ def _rejects(call: OpCall) -> str | None:
             return f"it has no {', '.join(missing)}"
         if call.head_dim % 8 or call.value_dim % 8:
             return f"head dims must be multiples of 8, got {call.head_dim} and {call.value_dim}"
+    if call.op == "mla_attention" and (call.head_dim % 8 or call.value_dim % 8):
+        rope_dim = call.head_dim - call.value_dim
+        return f"latent and rope dims must be multiples of 8, got {call.value_dim} and {rope_dim}"
     return None

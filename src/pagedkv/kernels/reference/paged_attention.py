@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..attention_options import AttentionOptions
 from ..attention_plan import AttentionPlan
-from ..paged_attention import AttentionOptions
+from .rope import rotate
+from .visible import visible_keys
 
 __all__ = ["paged_attention"]
 
@@ -24,48 +26,51 @@ def paged_attention(
     for sequence, kv_len in enumerate(plan.seq_lens.tolist()):
         rows = slice(query_starts[sequence], query_starts[sequence + 1])
         pages = plan.page_indices[page_starts[sequence] : page_starts[sequence + 1]].to(torch.int64)
-        # Slicing to kv_len before any arithmetic is what keeps garbage in the last page's tail out of the result.
-        key, value = (cached[pages].flatten(0, 1)[:kv_len].float() for cached in (key_pages, value_pages))
-        visible = _visible(plan, sequence, rows.stop - rows.start, kv_len)
-        result, row_lse = _attend(query[rows].float(), key, value, visible, plan, options)
-        out[rows] = result.to(out.dtype)
+        key = _tokens(key_pages, options.key_scales, pages, kv_len)
+        value = _tokens(value_pages, options.value_scales, pages, kv_len)
+        new = query[rows].float()
+        positions = torch.arange(kv_len - len(new), kv_len, device=query.device)
+        if options.rope_table is not None:
+            key = _turned(key, torch.arange(kv_len, device=query.device), options)
+            new = _turned(new, positions, options)
+        visible = visible_keys(plan, sequence, len(new), kv_len)
+        result, row_lse = _attend(new, key, value, positions, visible, plan, options)
+        out[rows] = (result * options.value_scale).to(out.dtype)
         if lse is not None:
             lse[rows] = row_lse
 
 
-def _visible(plan: AttentionPlan, sequence: int, q_len: int, kv_len: int) -> torch.Tensor:
-    """[q_len, kv_len] bool: which keys each row sees."""
-    device = plan.seq_lens.device
-    positions = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
-    keys = torch.arange(kv_len, device=device)[None, :]
-    if plan.custom_mask is not None and plan.mask_indptr is not None:
-        start = int(plan.mask_indptr[sequence])
-        visible = plan.custom_mask[start : start + q_len * kv_len].view(q_len, kv_len).clone()
-    else:
-        visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
-    if plan.causal:
-        visible &= keys <= positions
-    if plan.window_left >= 0:
-        visible &= keys >= positions - plan.window_left
-    return visible
+def _tokens(cached: torch.Tensor, scales: torch.Tensor | None, pages: torch.Tensor, kv_len: int) -> torch.Tensor:
+    """[kv_len, Hk, D] float32: what the first kv_len tokens on these pages stand for."""
+    # Slicing to kv_len before any arithmetic is what keeps garbage in the last page's tail out of the result.
+    tokens = cached[pages].flatten(0, 1)[:kv_len].float()
+    if scales is None:
+        return tokens
+    return tokens * scales.transpose(1, 2)[pages].flatten(0, 1)[:kv_len, :, None]
+
+
+def _turned(x: torch.Tensor, positions: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    assert options.rope_table is not None
+    cos, sin = options.rope_table[positions.abs()].unbind(-1)
+    return rotate(x, cos, torch.where(positions[:, None] < 0, -sin, sin), options.rope_interleaved)
 
 
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    positions: torch.Tensor,
     visible: torch.Tensor,
     plan: AttentionPlan,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q_len, kv_len = visible.shape
+    kv_len = key.shape[0]
     key, value = (tensor.repeat_interleave(plan.group, dim=1) for tensor in (key, value))
     logits = torch.einsum("qhd,khd->hqk", query, key) * options.sm_scale
     if options.soft_cap > 0:
         logits = options.soft_cap * torch.tanh(logits / options.soft_cap)
     if options.alibi_slopes is not None:
-        positions = torch.arange(kv_len - q_len, kv_len, device=query.device)[:, None]
-        distance = torch.arange(kv_len, device=query.device)[None, :] - positions
+        distance = torch.arange(kv_len, device=query.device) - positions[:, None]
         logits = logits + options.alibi_slopes[:, None, None] * distance
     logits = logits.masked_fill(~visible, -torch.inf)
     highest = logits.amax(dim=-1) if kv_len else logits.new_full(logits.shape[:2], -torch.inf)
