@@ -1,8 +1,8 @@
-"""What one measurement is: who runs, what work it is, and how it is shown to be right first."""
+"""What one measurement is: who runs, what must be done at least, and how it is shown to be right first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,12 +21,17 @@ __all__ = [
 ]
 
 OURS = "pagedkv"
-Ceiling = Literal["read", "copy", "matmul", "none"]
 Run = Callable[[int], object]
 
 MAX_ROUNDS = 60
 _ROTATED_BYTES = 256 << 20
-_LABELS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_LABELS = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "e4m3",
+}
 
 
 class WrongResultError(Exception):
@@ -42,20 +47,32 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """What the machine does at most, and how much of it the op must do, which takes work / rate.
+
+    kind: the probe that measures the rate (`benchmarks/ceilings.py`).
+    work: bytes read ("read"), bytes copied, counted once ("copy"), multiplications and additions ("matmul").
+    """
+
+    kind: Literal["read", "copy", "matmul"]
+    work: int
+
+
+@dataclass(frozen=True)
 class Case:
     """One op on one shape, ready to run.
 
     contenders: name -> run(i); i counts the rounds, so that each round can use other memory. OURS is one of them.
     check:      raises WrongResultError when ours is wrong.
-    num_bytes:  bytes that the op must move (read: bytes read; copy: bytes copied, counted once).
+    ceilings:   the one that takes longest is the floor under all contenders; the rate of the first is shown.
+    num_bytes:  of a case without ceilings, the bytes of its rate; 0 for none.
     repeats:    calls inside one run, for ops of microseconds.
     """
 
     contenders: Mapping[str, Run]
     check: Callable[[], None]
-    ceiling: Ceiling
+    ceilings: Sequence[Ceiling] = ()
     num_bytes: int = 0
-    num_flops: int = 0
     repeats: int = 1
 
 
@@ -74,7 +91,7 @@ class CaseSpec:
 
 
 def dtype_label(dtype: torch.dtype) -> str:
-    """f32, f16, bf16."""
+    """f32, f16, bf16, int8, e4m3."""
     return _LABELS[dtype]
 
 

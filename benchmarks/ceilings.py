@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -20,21 +21,20 @@ _MATMUL_DIM = 2048
 
 @dataclass(frozen=True)
 class Probe:
-    """run(i) does `work` bytes or operations; `unit` says which."""
+    """run(i) does `work` bytes or operations, `unit` says which; `limit` is what a floor of it is called."""
 
     name: str
     run: Callable[[int], object]
     work: int
-    unit: str
+    unit: Literal["bytes", "flops"]
+    limit: Literal["memory", "copy", "arithmetic"]
 
 
-def probe(kind: Ceiling, num_bytes: int) -> Probe | None:
-    """The probe of a ceiling; `num_bytes` is what the op moves, and what a copy is measured on."""
-    if kind == "none":
-        return None
-    if kind == "read":
+def probe(ceiling: Ceiling) -> Probe:
+    """The probe of a ceiling; a copy is measured on as many bytes as the op must move."""
+    if ceiling.kind == "read":
         return _read()
-    return _matmul() if kind == "matmul" else _copy(num_bytes)
+    return _matmul() if ceiling.kind == "matmul" else _copy(ceiling.work)
 
 
 @lru_cache(maxsize=1)
@@ -43,8 +43,12 @@ def _read() -> Probe:
     memory = torch.zeros(_READ_BYTES // 4)
     if native.unavailable() is None:
         core = native.core()
-        return Probe("read 1 GiB", lambda i: core.read_bandwidth(memory, torch.get_num_threads()), _READ_BYTES, "bytes")
-    return Probe("torch.sum over 1 GiB", lambda i: memory.sum(), _READ_BYTES, "bytes")
+
+        def run(i: int) -> object:
+            return core.read_bandwidth(memory, torch.get_num_threads())
+
+        return Probe("read 1 GiB", run, _READ_BYTES, "bytes", "memory")
+    return Probe("torch.sum over 1 GiB", lambda i: memory.sum(), _READ_BYTES, "bytes", "memory")
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +56,8 @@ def _matmul() -> Probe:
     """A float32 product of torch; half-precision ops are held against it too, since they accumulate in float32."""
     a, b = torch.randn(2, _MATMUL_DIM, _MATMUL_DIM)
     out = torch.empty(_MATMUL_DIM, _MATMUL_DIM)
-    return Probe("torch float32 matmul", lambda i: torch.mm(a, b, out=out), 2 * _MATMUL_DIM**3, "flops")
+    flops = 2 * _MATMUL_DIM**3
+    return Probe("torch float32 matmul", lambda i: torch.mm(a, b, out=out), flops, "flops", "arithmetic")
 
 
 def _copy(num_bytes: int) -> Probe:
@@ -65,4 +70,4 @@ def _copy(num_bytes: int) -> Probe:
         for source, target in zip(sources, targets[i % len(targets)], strict=True):
             target.copy_(source)
 
-    return Probe("copy_ of as many bytes", run, 8 * half, "bytes")
+    return Probe("copy_ of as many bytes", run, 8 * half, "bytes", "copy")

@@ -1,24 +1,24 @@
-"""A batch of sequences on shuffled pages, the same keys and values contiguously for the peers, and the truth."""
+"""A batch of equal sequences on shuffled pages, the same keys and values contiguously for the peers, and the truth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import pagedkv
+from pagedkv.spec import SCALED_DTYPES
 
-from .case import OURS, WrongResultError, rotations
+from .case import Ceiling, rotations
+from .paged_kv import KV, PAGE_SIZE, gathered, random_pages, token_bytes
+from .truth import check_error, exact_attention
 
 __all__ = ["BatchShape", "PagedBatch", "check_attention"]
-
-_PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """S sequences, each with q_len new tokens on kv_len."""
+    """S sequences, each with q_len new tokens on kv_len; `dtype` is that of the pages."""
 
     num_seqs: int
     q_len: int
@@ -29,9 +29,14 @@ class BatchShape:
     dtype: torch.dtype
 
     @property
+    def query_dtype(self) -> torch.dtype:
+        """That of the pages, float32 for quantised ones."""
+        return torch.float32 if self.dtype in SCALED_DTYPES else self.dtype
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values of the batch."""
-        return 2 * self.num_seqs * self.kv_len * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Bytes of the keys and values of the batch, and of their scales."""
+        return self.num_seqs * self.kv_len * token_bytes(self.num_kv_heads, self.head_dim, self.dtype)
 
     @property
     def num_flops(self) -> int:
@@ -39,16 +44,21 @@ class BatchShape:
         visible = sum(self.kv_len - self.q_len + row + 1 for row in range(self.q_len))
         return 4 * self.num_seqs * self.num_q_heads * self.head_dim * visible
 
+    @property
+    def ceilings(self) -> list[Ceiling]:
+        """Every key and value is read, and every product computed, at least once."""
+        return [Ceiling("read", self.kv_bytes), Ceiling("matmul", self.num_flops)]
+
 
 class PagedBatch:
     """The memory of one case: query [T, Hq, D], and K and V of rotation r in pages[r] and (by head) contiguous[r]."""
 
     def __init__(self, shape: BatchShape, layout: str) -> None:
         self.shape, self.layout = shape, layout
-        pages_each = -(-shape.kv_len // _PAGE_SIZE)
+        pages_each = -(-shape.kv_len // PAGE_SIZE)
         num_pages = shape.num_seqs * pages_each
         self.rows = torch.randperm(num_pages).view(shape.num_seqs, pages_each)
-        table = pagedkv.PageTable.from_rows(self.rows.tolist(), [shape.kv_len] * shape.num_seqs, page_size=_PAGE_SIZE)
+        table = pagedkv.PageTable.from_rows(self.rows.tolist(), [shape.kv_len] * shape.num_seqs, page_size=PAGE_SIZE)
         query_indptr = torch.arange(0, shape.num_seqs * shape.q_len + 1, shape.q_len, dtype=torch.int32)
         self.plan = pagedkv.plan_attention(
             query_indptr,
@@ -57,23 +67,21 @@ class PagedBatch:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
         )
-        self.query = torch.randn(shape.num_seqs * shape.q_len, shape.num_q_heads, shape.head_dim).to(shape.dtype)
-        inner = (_PAGE_SIZE, shape.num_kv_heads) if layout == "NHD" else (shape.num_kv_heads, _PAGE_SIZE)
-        first = torch.randn(2, num_pages, *inner, shape.head_dim).to(shape.dtype)
+        query = torch.randn(shape.num_seqs * shape.q_len, shape.num_q_heads, shape.head_dim)
+        self.query = query.to(shape.query_dtype)
+        first = random_pages(num_pages, shape.num_kv_heads, shape.head_dim, shape.dtype, layout)
+        whole = gathered(first, self.rows, shape.kv_len, layout).contiguous()
         count = rotations(shape.kv_bytes)
-        self.pages = [(first[0], first[1])] + [tuple(first.clone()) for _ in range(count - 1)]
-        whole = [self._contiguous(pages) for pages in first]
-        self.contiguous = [tuple(whole)] + [tuple(kv.clone() for kv in whole) for _ in range(count - 1)]
+        self.pages = [first] + [first.clone() for _ in range(count - 1)]
+        self.contiguous = [whole] + [whole.clone() for _ in range(count - 1)]
 
-    def _contiguous(self, pages: torch.Tensor) -> torch.Tensor:
-        return self.gathered(pages).contiguous()
+    def far_from(self, i: int) -> int:
+        """A round half a rotation away, for a peer that must not find in the caches what others have just touched."""
+        return i + len(self.pages) // 2
 
-    def gathered(self, pages: torch.Tensor) -> torch.Tensor:
-        """[S, Hk, kv_len, D] by one index_select over the pages."""
-        shape = self.shape
-        taken = pages.index_select(0, self.rows.flatten()).view(*self.rows.shape, *pages.shape[1:])
-        in_head_order = taken.permute(0, 3, 1, 2, 4) if self.layout == "NHD" else taken.permute(0, 2, 1, 3, 4)
-        return in_head_order.flatten(2, 3)[:, :, : shape.kv_len]
+    def gathered(self, i: int) -> KV:
+        """K and V of round i as `contiguous` has them, taken out of the pages now."""
+        return gathered(self.pages[i % len(self.pages)], self.rows, self.shape.kv_len, self.layout)
 
     def query_by_head(self) -> torch.Tensor:
         """[S, Hq, q_len, D], as torch's attention takes it."""
@@ -93,37 +101,26 @@ class PagedBatch:
 
     def run(self, i: int) -> torch.Tensor:
         """Ours."""
-        key_pages, value_pages = self.pages[i % len(self.pages)]
-        out = pagedkv.paged_attention(self.query, key_pages, value_pages, self.plan, layout=self.layout)
+        kv = self.pages[i % len(self.pages)]
+        out = pagedkv.paged_attention(
+            self.query,
+            kv.key,
+            kv.value,
+            self.plan,
+            layout=self.layout,
+            key_scales=kv.key_scales,
+            value_scales=kv.value_scales,
+        )
         assert isinstance(out, torch.Tensor)
         return out
 
 
 def check_attention(batch: PagedBatch, peer: torch.Tensor) -> None:
-    """Ours may err at most twice as far from float64 as `peer`, torch in the same dtype, plus one rounding."""
-    truth = _float64(batch)
-    ours = batch.run(0)
-    rounding = torch.finfo(batch.shape.dtype).eps * float(truth.abs().max())
-    allowed = 2 * float((peer.double() - truth).abs().max()) + rounding
-    error = float((ours.double() - truth).abs().max())
-    if not error <= allowed:
-        raise WrongResultError(f"{OURS} is off by {error:.3g}, allowed are {allowed:.3g}")
-
-
-def _float64(batch: PagedBatch) -> torch.Tensor:
-    """Sequence by sequence and head by head, so that a long prompt fits in memory."""
-    shape, (key, value) = batch.shape, batch.contiguous[0]
-    query, mask = batch.query_by_head(), batch.mask()
-    out = torch.empty(query.shape, dtype=torch.float64)
-    group = shape.num_q_heads // shape.num_kv_heads
-    for sequence in range(shape.num_seqs):
-        for head in range(shape.num_q_heads):
-            row = F.scaled_dot_product_attention(
-                query[sequence, head].double()[None],
-                key[sequence, head // group].double()[None],
-                value[sequence, head // group].double()[None],
-                attn_mask=mask,
-                is_causal=mask is None and shape.q_len > 1,
-            )
-            out[sequence, head] = row[0]
-    return batch.packed(out)
+    """The rule of `check_error`; peer [S, Hq, q_len, D]."""
+    shape, mask, query = batch.shape, batch.mask(), batch.query_by_head()
+    is_causal = mask is None and shape.q_len > 1
+    truth = [
+        exact_attention(query[sequence], batch.contiguous[0].at(sequence), mask=mask, is_causal=is_causal)
+        for sequence in range(shape.num_seqs)
+    ]
+    check_error(batch.run(0), batch.packed(peer), batch.packed(torch.stack(truth)))

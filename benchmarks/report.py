@@ -19,17 +19,19 @@ def print_machine(machine: dict[str, Any]) -> None:
 
 
 def print_case(figures: list[Figure]) -> None:
-    """A line a contender."""
+    """A line on each floor, the one that counts first, and a line a contender."""
     first = figures[0]
-    ceiling = f"   (ceiling: {first.ceiling}, {first.ceiling_rate:.1f} {first.rate_unit})" if first.ceiling else ""
-    print(f"\n{first.op}/{first.shape}{ceiling}")
+    print(f"\n{first.op}/{first.shape}")
+    for floor in first.floors:
+        print(f"  floor: {_time(floor.ms)} ({floor.limit}: {floor.probe}, {floor.rate:.1f} {floor.rate_unit})")
     for figure in figures:
-        line = f"  {figure.who:<24}{_ms(figure.median_ms):>10} ms  {f'{_ms(figure.p10_ms)}-{_ms(figure.p90_ms)}':>17}"
+        spread = f"{_time(figure.p10_ms)} - {_time(figure.p90_ms)}"
+        line = f"  {figure.who:<26}{_time(figure.median_ms):>11}{spread:>25}"
         if figure.rate:
-            line += f"{figure.rate:>9.1f} {figure.rate_unit}"
-        if figure.ceiling:
-            line += f"{figure.fraction_of_ceiling:>7.0%}"
-        print(line + f"{figure.ratio_to_ours:>8.2f}x", flush=True)
+            line += f"{figure.rate:>8.1f} {figure.rate_unit}"
+        if figure.floors:
+            line += f"{figure.times_floor:>8.2f}x of the floor ({figure.floors[0].limit})"
+        print(line + f"{figure.ratio_to_ours:>8.2f}x of ours", flush=True)
 
 
 def write_json(path: Path, machine: dict[str, Any], figures: list[Figure]) -> None:
@@ -40,12 +42,8 @@ def write_json(path: Path, machine: dict[str, Any], figures: list[Figure]) -> No
     )
 
 
-def _ms(milliseconds: float) -> str:
-    """Four significant digits, down to nanoseconds."""
-    return (
-        f"{milliseconds:.1f}"
-        if milliseconds >= 100
-        else f"{milliseconds:.3f}"
-        if milliseconds >= 0.1
-        else f"{milliseconds:.5f}"
-    )
+def _time(milliseconds: float) -> str:
+    """Four digits or more, in microseconds below a tenth of a millisecond."""
+    if milliseconds < 0.1:
+        return f"{milliseconds * 1e3:.2f} us"
+    return f"{milliseconds:.1f} ms" if milliseconds >= 100 else f"{milliseconds:.3f} ms"

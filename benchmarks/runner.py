@@ -13,15 +13,29 @@ import numpy as np
 from .case import MAX_ROUNDS, OURS, Case, CaseSpec
 from .ceilings import Probe, probe
 
-__all__ = ["Figure", "run_case"]
+__all__ = ["Figure", "Floor", "run_case"]
 
 _BUDGET_S, _QUICK_BUDGET_S = 4.0, 0.5
 _MIN_ROUNDS, _SLOW_ROUNDS = 5, 3
 
 
 @dataclass(frozen=True)
+class Floor:
+    """How long the work of a case takes at the rate of one probe, in rounds with the figures held against it."""
+
+    limit: str
+    probe: str
+    rate: float
+    rate_unit: str
+    ms: float
+
+
+@dataclass(frozen=True)
 class Figure:
-    """One contender on one case: median and spread of a call, and how near it comes to the ceiling of its rounds."""
+    """One contender on one case: median and spread of a call, and how near it comes to the floors of its rounds.
+
+    floors: highest first; `times_floor` is the median as a multiple of that one, 0 without any.
+    """
 
     op: str
     shape: str
@@ -32,9 +46,8 @@ class Figure:
     rounds: int
     rate: float
     rate_unit: str
-    ceiling: str
-    ceiling_rate: float
-    fraction_of_ceiling: float
+    floors: tuple[Floor, ...]
+    times_floor: float
     ratio_to_ours: float
 
     def to_json(self) -> dict[str, Any]:
@@ -49,21 +62,18 @@ def run_case(spec: CaseSpec, quick: bool = False) -> list[Figure]:
     """
     case = spec.build()
     case.check()
-    ceiling = probe(case.ceiling, case.num_bytes)
-    runs = dict(case.contenders)
-    if ceiling is not None:
-        runs[ceiling.name] = ceiling.run
-    budget_s = _QUICK_BUDGET_S if quick else _BUDGET_S
-    times = _time_in_turns(runs, budget_s, case.repeats)
+    probes = [probe(ceiling) for ceiling in case.ceilings]
+    runs = {**case.contenders, **{ceiling.name: ceiling.run for ceiling in probes}}
+    times = _time_in_turns(runs, _QUICK_BUDGET_S if quick else _BUDGET_S)
     del runs
-    figures = _figures(spec, case, ceiling, times)
-    del case
+    figures = _figures(spec, case, _floors(case, probes, times), times)
+    del case, probes
     gc.collect()
     return figures
 
 
-def _time_in_turns(runs: dict[str, Callable[[int], object]], budget_s: float, repeats: int) -> dict[str, np.ndarray]:
-    """Milliseconds a call, round by round; the first two, in cold code and unmapped memory, are not counted.
+def _time_in_turns(runs: dict[str, Callable[[int], object]], budget_s: float) -> dict[str, np.ndarray]:
+    """Milliseconds a run, round by round; the first two, in cold code and unmapped memory, are not counted.
 
     Who takes more than a second leaves after a few rounds, so that one slow peer does not take the others' rounds.
     """
@@ -79,7 +89,7 @@ def _time_in_turns(runs: dict[str, Callable[[int], object]], budget_s: float, re
         for i in range(rounds):
             for name, run in runs.items():
                 if name not in slow or i < _SLOW_ROUNDS:
-                    times[name].append(_seconds(run, i + 2) * 1e3 / repeats)
+                    times[name].append(_seconds(run, i + 2) * 1e3)
     finally:
         gc.enable()
     return {name: np.array(milliseconds) for name, milliseconds in times.items()}
@@ -91,17 +101,22 @@ def _seconds(run: Callable[[int], object], i: int) -> float:
     return time.perf_counter() - started
 
 
-def _figures(spec: CaseSpec, case: Case, ceiling: Probe | None, times: dict[str, np.ndarray]) -> list[Figure]:
-    in_flops = ceiling is not None and ceiling.unit == "flops"
-    work = case.num_flops if in_flops else case.num_bytes
-    ours_ms = float(np.median(times[OURS]))
-    ceiling_rate = 0.0
-    if ceiling is not None:
-        ceiling_rate = ceiling.work / (float(np.median(times[ceiling.name])) * case.repeats) / 1e6
+def _floors(case: Case, probes: list[Probe], times: dict[str, np.ndarray]) -> tuple[Floor, ...]:
+    floors = []
+    for ceiling, measured in zip(case.ceilings, probes, strict=True):
+        rate = measured.work / float(np.median(times[measured.name])) / 1e6
+        unit = "GB/s" if measured.unit == "bytes" else "GFLOP/s"
+        floors.append(Floor(measured.limit, measured.name, rate, unit, ceiling.work / rate / 1e6))
+    return tuple(sorted(floors, key=lambda floor: floor.ms, reverse=True))
+
+
+def _figures(spec: CaseSpec, case: Case, floors: tuple[Floor, ...], times: dict[str, np.ndarray]) -> list[Figure]:
+    work = case.ceilings[0].work if case.ceilings else case.num_bytes
+    in_flops = bool(case.ceilings) and case.ceilings[0].kind == "matmul"
+    ours_ms = float(np.median(times[OURS])) / case.repeats
     figures = []
     for who in case.contenders:
-        p10, median, p90 = (float(np.percentile(times[who], q)) for q in (10, 50, 90))
-        rate = work / median / 1e6
+        p10, median, p90 = (float(np.percentile(times[who], q)) / case.repeats for q in (10, 50, 90))
         figures.append(
             Figure(
                 op=spec.op,
@@ -111,11 +126,10 @@ def _figures(spec: CaseSpec, case: Case, ceiling: Probe | None, times: dict[str,
                 p10_ms=p10,
                 p90_ms=p90,
                 rounds=len(times[who]),
-                rate=rate,
+                rate=work / median / 1e6,
                 rate_unit="GFLOP/s" if in_flops else "GB/s",
-                ceiling=ceiling.name if ceiling else "",
-                ceiling_rate=ceiling_rate,
-                fraction_of_ceiling=rate / ceiling_rate if ceiling_rate else 0.0,
+                floors=floors,
+                times_floor=median / floors[0].ms if floors else 0.0,
                 ratio_to_ours=median / ours_ms,
             )
         )

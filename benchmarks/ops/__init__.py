@@ -5,11 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..case import CaseSpec, Options
-from . import attention_decode, attention_prefill, compare_key, copy_pages, gather_kv, merge_states, store_kv
+from . import (
+    attention_decode,
+    attention_mla,
+    attention_prefill,
+    attention_shared_prefix,
+    attention_skewed,
+    compare_key,
+    copy_pages,
+    gather_kv,
+    merge_states,
+    plan_attention,
+    store_kv,
+    store_kv_quantized,
+)
 
 __all__ = ["all_cases"]
 
-_OPS = (attention_decode, attention_prefill, store_kv, gather_kv, copy_pages, merge_states, compare_key)
+_OPS = (
+    attention_decode,
+    attention_prefill,
+    attention_mla,
+    attention_shared_prefix,
+    attention_skewed,
+    plan_attention,
+    store_kv,
+    store_kv_quantized,
+    gather_kv,
+    copy_pages,
+    merge_states,
+    compare_key,
+)
 
 
 def all_cases(options: Options) -> Iterator[CaseSpec]:

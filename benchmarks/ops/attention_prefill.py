@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..case import OURS, Case, CaseSpec, Options, dtype_label
+from ..case import OURS, Case, CaseSpec, Ceiling, Options, dtype_label
 from ..paged_batch import BatchShape, PagedBatch, check_attention
 
 __all__ = ["cases"]
@@ -38,16 +38,15 @@ def _build(shape: BatchShape, layout: str) -> Case:
         )
 
     def sdpa(i: int) -> torch.Tensor:
-        return attend(*batch.contiguous[i % len(batch.contiguous)])
+        kv = batch.contiguous[i % len(batch.contiguous)]
+        return attend(kv.key, kv.value)
 
     def gather_sdpa(i: int) -> torch.Tensor:
-        key_pages, value_pages = batch.pages[i % len(batch.pages)]
-        return attend(batch.gathered(key_pages), batch.gathered(value_pages))
+        kv = batch.gathered(batch.far_from(i))
+        return attend(kv.key, kv.value)
 
     return Case(
         contenders={OURS: batch.run, "sdpa, contiguous": sdpa, "index_select + sdpa": gather_sdpa},
-        check=lambda: check_attention(batch, batch.packed(sdpa(0))),
-        ceiling="matmul",
-        num_bytes=shape.kv_bytes,
-        num_flops=shape.num_flops,
+        check=lambda: check_attention(batch, sdpa(0)),
+        ceilings=[Ceiling("matmul", shape.num_flops)],
     )

@@ -9,7 +9,7 @@ import torch
 
 import pagedkv
 
-from ..case import OURS, Case, CaseSpec, Options, WrongResultError
+from ..case import OURS, Case, CaseSpec, Ceiling, Options, WrongResultError
 
 __all__ = ["cases"]
 
@@ -47,4 +47,4 @@ def _build(spec: pagedkv.KVCacheSpec) -> Case:
         if not all(torch.equal(pages[parts[0, 1]], old) for pages, old in zip(layers, before, strict=True)):
             raise WrongResultError("copied pages differ from their sources")
 
-    return Case({OURS: ours, "torch indexing": indexed}, check, "copy", num_bytes=num_copied * spec.bytes_per_page)
+    return Case({OURS: ours, "torch indexing": indexed}, check, [Ceiling("copy", num_copied * spec.bytes_per_page)])

@@ -9,7 +9,7 @@ import torch
 
 import pagedkv
 
-from ..case import OURS, Case, CaseSpec, Options, WrongResultError, dtype_label
+from ..case import OURS, Case, CaseSpec, Ceiling, Options, WrongResultError, dtype_label
 from ..slot_world import SlotWorld, TokenShape
 
 __all__ = ["cases"]
@@ -43,4 +43,4 @@ def _build(shape: TokenShape, layout: str) -> Case:
             if not torch.equal(read, stored):
                 raise WrongResultError("gathered rows differ from the rows stored")
 
-    return Case({OURS: ours, "torch indexing": indexed}, check, "copy", num_bytes=shape.num_bytes)
+    return Case({OURS: ours, "torch indexing": indexed}, check, [Ceiling("copy", shape.num_bytes)])

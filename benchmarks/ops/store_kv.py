@@ -9,7 +9,7 @@ import torch
 
 import pagedkv
 
-from ..case import OURS, Case, CaseSpec, Options, WrongResultError, dtype_label
+from ..case import OURS, Case, CaseSpec, Ceiling, Options, WrongResultError, dtype_label
 from ..slot_world import SlotWorld, TokenShape
 
 __all__ = ["cases"]
@@ -45,4 +45,4 @@ def _build(shape: TokenShape, layout: str) -> Case:
             if not torch.equal(stored[pages, offsets], new):
                 raise WrongResultError("stored rows differ from the rows given")
 
-    return Case({OURS: ours, "index_put_": index_put}, check, "copy", num_bytes=shape.num_bytes)
+    return Case({OURS: ours, "index_put_": index_put}, check, [Ceiling("copy", shape.num_bytes)])
