@@ -43,7 +43,8 @@ void attend_as(Call& call, int64_t num_threads) {
   Carver sizes(nullptr);
   sizes.take<RowState>(work.num_states);
   sizes.take<float>(work.num_states * call.padded_value_dim);
-  Carver carver(thread_scratch(floats * workers + sizes.num_floats()));
+  const Scratch memory(floats * workers + sizes.num_floats());
+  Carver carver(memory.start());
   call.chunk_states = carver.take<RowState>(work.num_states);
   call.chunk_totals = carver.take<float>(work.num_states * call.padded_value_dim);
   float* scratch = carver.take<float>(floats * workers);

@@ -38,6 +38,17 @@ struct RowState {
   float highest = kNoKey, sum = 0;
 };
 
+/// The larger of two logits, and what sums relative to each of them weigh relative to it.
+struct Weights {
+  float highest, old_weight, new_weight;
+};
+
+inline Weights weights_of(float old_highest, float new_highest) {
+  // e^0 without the exponential; still NaN for an infinite logit.
+  if (old_highest >= new_highest) return {old_highest, 1.0f + (old_highest - old_highest), exp_of(new_highest - old_highest)};
+  return {new_highest, exp_of(old_highest - new_highest), 1.0f + (new_highest - new_highest)};
+}
+
 /// Folds the state of the next chunk into the running one. The only place where chunks meet.
 inline void fold_chunk(RowState& state, float* total, const RowState& chunk, const float* chunk_total, int64_t padded_dim) {
   if (chunk.sum == 0) return;
@@ -47,8 +58,7 @@ inline void fold_chunk(RowState& state, float* total, const RowState& chunk, con
     std::copy(chunk_total, chunk_total + padded_dim, total);
     return;
   }
-  const float highest = std::max(state.highest, chunk.highest);
-  const float old_weight = exp_of(state.highest - highest), new_weight = exp_of(chunk.highest - highest);
+  const auto [highest, old_weight, new_weight] = weights_of(state.highest, chunk.highest);
   state.sum = state.sum * old_weight + chunk.sum * new_weight;
   state.highest = highest;
   for (int64_t d = 0; d < padded_dim; d += W)

@@ -9,6 +9,10 @@
 namespace pagedkv {
 namespace {
 
+/// Results of this many chunks and rows wait at most because their chunks are shared: 256 MiB with 128 columns.
+constexpr int64_t kMostSharedStates = int64_t{1} << 19;
+constexpr int64_t kMostRows = int64_t{1} << 31;
+
 /// An item before it is written out, and what it costs.
 struct Draft {
   std::vector<int32_t> members;
@@ -35,6 +39,10 @@ void set_chunks(const AttentionBatch& batch, AttentionTile& tile) {
 std::vector<AttentionTile> cut_rows(const AttentionBatch& batch) {
   std::vector<AttentionTile> tiles;
   tiles.reserve(batch.num_seqs);
+  const int64_t rows = batch.query_indptr[batch.num_seqs] * batch.group;
+  if (rows > kMostRows)
+    TVM_FFI_THROW(ValueError) << "query rows a KV head must be at most " << kMostRows << " (new tokens times query heads a KV head), got "
+                              << rows << ".";
   // Whole tokens, so that the rows of a tile see nearly the same keys, unless one token alone has too many rows.
   const int64_t step = batch.group <= kPackedRows ? kPackedRows / batch.group * batch.group : kPackedRows;
   for (int64_t sequence = 0; sequence < batch.num_seqs; ++sequence) {
@@ -107,20 +115,33 @@ class Division {
     }
   }
 
+  /// Tiles that share take room for the results of all their chunks; beyond a limit they read for themselves.
+  bool has_room(AttentionTile& tile) {
+    if (tile.state >= 0) return true;
+    const int64_t states = (tile.chunk_last - tile.chunk_first) * batch_.num_kv_heads * tile.rows();
+    if (shared_states_ + states > kMostSharedStates) return false;
+    shared_states_ += states;
+    tile.state = 0;
+    return true;
+  }
+
   void take_shared(const SharedChunks& group) {
-    for (size_t first = 0, last; first < group.tiles.size(); first = last) {
+    for (size_t next = 0; next < group.tiles.size();) {
       std::vector<int32_t> members;
       int64_t rows = 0, own_tokens = 0;
-      for (last = first; last < group.tiles.size() && rows + tiles_[group.tiles[last]].rows() <= kPackedRows; ++last) {
-        AttentionTile& tile = tiles_[group.tiles[last]];
-        members.push_back(group.tiles[last]);
+      for (; next < group.tiles.size() && rows + tiles_[group.tiles[next]].rows() <= kPackedRows; ++next) {
+        AttentionTile& tile = tiles_[group.tiles[next]];
+        if (!has_room(tile)) continue;
+        members.push_back(group.tiles[next]);
         rows += tile.rows();
         const int64_t left = batch_.seq_lens[tile.sequence] - (group.chunk_last - 1) * kChunkTokens - group.shared_tokens;
         own_tokens += std::clamp<int64_t>(left, 0, kChunkTokens - group.shared_tokens);
-        KeyRange& range = shared_[group.tiles[last]];
+      }
+      if (members.size() < 2) continue;
+      for (const int32_t member : members) {
+        KeyRange& range = shared_[member];
         if (range.first < 0) range.first = group.chunk_first;
         range.last = group.chunk_last;
-        tile.state = 0;
       }
       const int64_t tokens = (group.chunk_last - group.chunk_first - 1) * kChunkTokens + group.shared_tokens;
       add(std::move(members), rows, group.chunk_first, group.chunk_last, group.shared_tokens, tokens, own_tokens);
@@ -169,7 +190,7 @@ class Division {
   std::vector<AttentionTile> tiles_;
   std::vector<KeyRange> shared_;  // of each tile: the chunks it shares, {-1, -1} for none
   std::vector<Draft> drafts_;
-  int64_t direct_heads_;
+  int64_t direct_heads_, shared_states_ = 0;
 };
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace pagedkv {
 /// Tokens of one head between two heads when values are read in place: few, so that memory is walked nearly in order and the
 /// hardware follows, but enough to pay for loading and storing the sums of a tile.
 constexpr int kValueBlock = 8;
+
 /// One thread's view of a call: scratch for one item, reused from item to item. The rows of an item are those of its tiles one
 /// after the other; every array of rows has them all for the first KV head, then for the next.
 template <typename T>

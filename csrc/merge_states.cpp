@@ -16,12 +16,11 @@ void merge_row(const T* values, int64_t state_stride, const float* lse, int64_t 
   for (int64_t k = 0; k < num_states; ++k) {
     const float logit = lse[k * lse_stride];
     if (logit == kNoKey) continue;
-    const float new_highest = highest > logit ? highest : logit;
-    const float old_weight = sum == 0 ? 0.0f : exp_of(highest - new_highest), new_weight = exp_of(logit - new_highest);
+    const auto [larger, old_weight, new_weight] = weights_of(highest, logit);
     const T* value = values + k * state_stride;
     for (int64_t d = 0; d < dim; ++d) total[d] = total[d] * old_weight + to_float(value[d]) * new_weight;
     sum = sum * old_weight + new_weight;
-    highest = new_highest;
+    highest = larger;
   }
   const bool empty = sum == 0;
   for (int64_t d = 0; d < dim; ++d) store_as(out + d, empty ? 0.0f : total[d] / sum);
@@ -37,7 +36,8 @@ void merge(const TensorView& values, const TensorView& lse, const TensorView& ou
   const int64_t useful = std::max<int64_t>(1, num_rows * num_states * dim >> 14);
   const int workers = static_cast<int>(std::max<int64_t>(1, std::min({num_threads, num_rows, useful})));
   const int64_t floats = (dim + 15) / 16 * 16;
-  float* scratch = thread_scratch(floats * workers);
+  const Scratch memory(floats * workers);
+  float* scratch = memory.start();
   const auto *value_strides = values.strides().data(), *lse_strides = lse.strides().data();
 #pragma omp parallel for schedule(static, 1) num_threads(workers) if (workers > 1)
   for (int worker = 0; worker < workers; ++worker) {

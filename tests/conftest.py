@@ -19,6 +19,14 @@ from pagedkv.testing.poison import poisoned_memory
 BACKENDS = ("reference",) if os.environ.get("PAGEDKV_NATIVE") == "0" else ("reference", "cpu")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the native core, tests of what only it has are not this suite's."""
+    if os.environ.get("PAGEDKV_NATIVE") == "0":
+        left_out = [item for item in items if item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     with poisoned_memory():

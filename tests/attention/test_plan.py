@@ -65,6 +65,39 @@ def test_plan_refuses_query_indptr(query_indptr, error, words):
         plan_attention(query_indptr, make_table(), **HEADS)
 
 
+def test_plan_refuses_a_truthy_value_for_causal():
+    with pytest.raises(TypeError, match="causal must be a bool, got str"):
+        plan_attention(int32(0, 1, 2), make_table(), causal="no", **HEADS)
+
+
+def test_plan_refuses_more_heads_than_any_model_has():
+    with pytest.raises(ValueError, match="num_q_heads must be at most 65536, got 1099511627776"):
+        plan_attention(int32(0, 1, 2), make_table(), num_q_heads=2**40, num_kv_heads=2, head_dim=8)
+
+
+@pytest.mark.native
+def test_plan_refuses_more_rows_than_can_be_cut():
+    with pytest.raises(ValueError, match="query rows a KV head must be at most 2147483648"):
+        plan_attention(int32(0, 2**30, 2**30), make_table(), num_q_heads=64, num_kv_heads=1, head_dim=8)
+
+
+@pytest.mark.native
+def test_shared_prefixes_take_bounded_room():
+    """Where the results of shared chunks would fill the memory, the rest of the sequences read for themselves."""
+    num_seqs, kv_len = 64, 131072
+    common = list(range(kv_len // 16))
+    plan = make_plan(
+        [1] * num_seqs,
+        [[*common, len(common) + i] for i in range(num_seqs)],
+        [kv_len + 5] * num_seqs,
+        num_q_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+    )
+    assert 0 < read_work(plan).num_states <= 2**19 + 2 * 513 * 64
+    assert_covers_once(plan)
+
+
 def test_plan_refuses_a_raw_tensor_for_the_table():
     with pytest.raises(TypeError, match="table must be a PageTable, got Tensor. Build it with PageTable.from_rows"):
         plan_attention(int32(0, 1), torch.zeros(1, 1, dtype=torch.int32), **HEADS)
@@ -87,6 +120,7 @@ def apart(kv_lens, page_size=16):
     return [[next(ids) for _ in range(-(-kv_len // page_size))] for kv_len in kv_lens]
 
 
+@pytest.mark.native
 def test_work_serves_all_layers_of_a_step():
     kv_lens = [700, 30, 260]
     plan = make_plan([1, 4, 20], apart(kv_lens), kv_lens, num_threads=8)
@@ -101,6 +135,7 @@ def test_work_serves_all_layers_of_a_step():
     assert torch.equal(plan.work, before)
 
 
+@pytest.mark.native
 def test_work_is_the_plans_own():
     query_indptr = int32(0, 1, 2)
     kv_lens = [600, 500]
@@ -113,17 +148,20 @@ def test_work_is_the_plans_own():
     assert plan.query_indptr.tolist() == [0, 1, 2]
 
 
+@pytest.mark.native
 def test_workspace_bytes_are_those_of_partial_results():
     whole = make_plan([1], apart([2000]), [2000], num_threads=1)
     assert (read_work(whole).num_states, whole.workspace_bytes) == (0, 0)
-    # Eight chunks of two KV heads with three rows each, computed apart: a row is its values, its highest and its sum.
+    # Eight chunks of two KV heads with three rows each, computed apart: a row is its values, padded to sixteen, its
+    # highest logit and its sum.
     split = make_plan([1], apart([2000]), [2000], num_threads=8)
     assert read_work(split).num_states == 8 * 2 * 3
-    assert split.workspace_bytes == 8 * 2 * 3 * 4 * (8 + 2)
-    assert make_plan([1], apart([2000]), [2000], num_threads=8, value_dim=40).workspace_bytes == 48 * 4 * (40 + 2)
+    assert split.workspace_bytes == 8 * 2 * 3 * 4 * (16 + 2)
+    assert make_plan([1], apart([2000]), [2000], num_threads=8, value_dim=40).workspace_bytes == 48 * 4 * (48 + 2)
     assert dataclasses.replace(split, work=None).workspace_bytes == 0
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("planned, run", [(1, 2), (1, 7), (2, 1), (7, 1), (64, 2), (7, 2)])
 @pytest.mark.parametrize("options", [{}, {"window_left": 300}, {"causal": False}], ids=str)
 def test_a_plan_for_other_threads_gives_the_same_bits(planned, run, options):
@@ -162,6 +200,7 @@ SKEWED = {
 }
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("num_threads", [2, 8])
 @pytest.mark.parametrize("num_kv_heads, group", [(1, 1), (2, 3), (8, 4), (1, 32)])
 @pytest.mark.parametrize("shared_tokens", [0, 4096])
@@ -186,6 +225,7 @@ def test_no_item_keeps_the_other_threads_waiting(name, shared_tokens, num_kv_hea
     assert costs[0] >= dearest - one_chunk[0]
 
 
+@pytest.mark.native
 def test_one_thread_cuts_no_sequence():
     kv_lens = [100_000, 40, 600]
     work = read_work(make_plan([1, 30, 0], apart(kv_lens), kv_lens, num_threads=1))

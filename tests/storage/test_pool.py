@@ -199,3 +199,14 @@ def test_a_copied_pool_has_scales_of_its_own_buffer(copied):
     assert torch.equal(twin.gather(0, torch.tensor([0]))[0], torch.ones(1, 2, 8))
     assert twin.key_scales(0).untyped_storage().data_ptr() == twin.buffer.untyped_storage().data_ptr()
     assert int(pool.buffer.count_nonzero()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_pickled_pool_of_any_dtype_comes_back(dtype):
+    pool = KVPool(KVCacheSpec(num_layers=2, num_kv_heads=1, head_dim=8, dtype=dtype), num_pages=3)
+    pool.buffer.view(torch.uint8).random_(0, 255)
+    loaded = pickle.loads(pickle.dumps(pool))
+    assert loaded.buffer.dtype == pool.buffer.dtype
+    for layer in range(2):
+        pages = (loaded.key_pages(layer), pool.key_pages(layer)), (loaded.value_pages(layer), pool.value_pages(layer))
+        assert all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pages)

@@ -8,6 +8,8 @@ import torch
 from pagedkv import PageTable, plan_attention
 from pagedkv.testing.attention_work import assert_covers_once, read_work
 
+pytestmark = pytest.mark.native
+
 # Of the first item, which two sequences share, and of the first tile; the work begins with five numbers.
 TILE, TILE_NUMBERS, ITEM_NUMBERS = 5, 6, 7
 

@@ -90,6 +90,8 @@ def cascade_attention(
 
 
 def _check_plans(plans: Sequence[AttentionPlan]) -> None:
+    if not isinstance(plans, Sequence):
+        raise TypeError(f"plans must be a sequence of AttentionPlan, one a level, got {type(plans).__name__}.")
     for level, plan in enumerate(plans):
         if not isinstance(plan, AttentionPlan):
             raise TypeError(

@@ -11,6 +11,8 @@ from ..storage.page_table import PageTable
 
 __all__ = ["plan_attention"]
 
+_MOST_HEADS = 2**16
+
 
 def plan_attention(
     query_indptr: torch.Tensor,
@@ -45,6 +47,10 @@ def plan_attention(
     ):
         check_int(name, value, minimum=1)
     check_int("window_left", window_left, minimum=-1)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}.")
+    if num_q_heads > _MOST_HEADS:
+        raise ValueError(f"num_q_heads must be at most {_MOST_HEADS}, got {num_q_heads}.")
     if num_q_heads % num_kv_heads:
         raise ValueError(f"num_q_heads must be a multiple of num_kv_heads = {num_kv_heads}, got {num_q_heads}.")
     if not isinstance(table, PageTable):
@@ -68,7 +74,7 @@ def plan_attention(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_dim=value_dim,
-        causal=bool(causal),
+        causal=causal,
         window_left=window_left,
         num_tokens=num_tokens,
         max_page=table.max_page,
@@ -82,7 +88,7 @@ def plan_attention(
             table.page_size,
             num_q_heads,
             num_kv_heads,
-            bool(causal),
+            causal,
             window_left,
         ),
     )

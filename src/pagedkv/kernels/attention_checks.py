@@ -15,7 +15,7 @@ __all__ = ["as_float32", "check_contiguous", "check_no_overlap"]
 
 def as_float32(name: str, value: Any) -> float:
     """The value as kernels compute with it; refuses what is not a finite number there."""
-    if not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     try:
         rounded: float = struct.unpack("f", struct.pack("f", value))[0]

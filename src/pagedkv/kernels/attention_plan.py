@@ -52,10 +52,11 @@ class AttentionPlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes the native core takes for partial results of sequences that several items compute, 0 without `work`."""
+        """Bytes the native core takes at most for results of sequences that several items compute, 0 without `work`."""
         if self.work is None:
             return 0
-        return int(self.work[0]) * 4 * (self.value_dim + 2)
+        # Rows are padded to whole vectors, of at most 16 floats.
+        return int(self.work[0]) * 4 * (-(-self.value_dim // 16) * 16 + 2)
 
     def pack(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
         """The plan as the arguments of a torch op; `unpack` is the inverse."""

@@ -126,6 +126,8 @@ def _check_scales(
         check_dtype(name, scales, torch.float32)
         check_device(name, scales, key_pages.device, "key_pages")
         check_writable(name, scales)
+    if value_scales is key_scales:
+        raise ValueError("value_scales must be a tensor of its own, got key_scales: one would write over the other.")
 
 
 _store_kv_op = torch.library.custom_op(

@@ -200,7 +200,7 @@ class PageTable:
                 f"query_indptr must have shape [S + 1] with S = {self.num_seqs} (set by the page table), "
                 f"got {list(query_indptr.shape)}."
             )
-        starts = query_indptr.cpu().numpy()
+        starts = (query_indptr if query_indptr.is_cpu else query_indptr.cpu()).numpy()
         if starts[0] != 0 or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"query_indptr must start with 0 and not decrease, got {starts[:8].tolist()}.")
         return int(starts[-1])

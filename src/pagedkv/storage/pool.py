@@ -42,16 +42,18 @@ class KVPool:
         self.spec = spec
         self.num_pages = num_pages
         page_elements = spec.bytes_per_page // spec.dtype.itemsize
-        dtype = torch.uint8 if spec.has_scales else spec.dtype
-        self.buffer = page_buffer(num_pages * page_elements, dtype, device)
+        self.buffer = page_buffer(num_pages * page_elements, _buffer_dtype(spec), device)
         self._views = _layer_views(self.buffer, spec, num_pages)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_views"}
+        # As bytes: torch cannot load a pickled tensor of every dtype that a pool may have.
+        state = {name: value for name, value in vars(self).items() if name != "_views"}
+        return {**state, "buffer": self.buffer.view(torch.uint8)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Views that travelled by themselves would no longer be views of the buffer.
         vars(self).update(state)
+        self.buffer = self.buffer.view(_buffer_dtype(self.spec))
         self._views = _layer_views(self.buffer, self.spec, self.num_pages)
 
     @property
@@ -156,6 +158,11 @@ class _LayerPages(NamedTuple):
     value: torch.Tensor
     key_scales: torch.Tensor | None
     value_scales: torch.Tensor | None
+
+
+def _buffer_dtype(spec: KVCacheSpec) -> torch.dtype:
+    """Scales and codes share a buffer of bytes."""
+    return torch.uint8 if spec.has_scales else spec.dtype
 
 
 def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> list[_LayerPages]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -27,9 +29,10 @@ def divide_attention(
     Rule:   keys are cut at multiples of 256 tokens, whatever the batch, so the cut never changes a result. Chunks whose
             pages several sequences of few query rows have in common are read once for all of them.
     """
-    if query_indptr.device.type != "cpu" or unavailable() is not None:
+    plan = _native_plan() if query_indptr.device.type == "cpu" else None
+    if plan is None:
         return None
-    work = core().plan_attention(
+    work = plan(
         query_indptr,
         page_indptr,
         page_indices,
@@ -42,3 +45,9 @@ def divide_attention(
         torch.get_num_threads(),
     )
     return cast(torch.Tensor, work)
+
+
+@functools.cache
+def _native_plan() -> Callable[..., object] | None:
+    """Looked up once: a plan is made at every step."""
+    return None if unavailable() is not None else cast(Callable[..., object], core().plan_attention)
