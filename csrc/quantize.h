@@ -1,6 +1,6 @@
 #pragma once
 
-#include "simd.h"
+#include "simd_codes.h"
 // After simd.h, which silences a false warning of the intrinsics that both include.
 #include "moves.h"
 
