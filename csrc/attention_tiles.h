@@ -189,6 +189,7 @@ constexpr int kPackedScoreTile = 6;
 constexpr int kPackedScoreTile = 4;
 #endif
 constexpr int kPackedValueTile = 6;
+
 /// Scores of `num_rows` (<= kRows) rows and tokens [first, last). Tiles that do not divide the tokens step back; where that
 /// is not possible, up to 7 scores and sums beyond `last` become undefined.
 template <int kRows, typename Rows>

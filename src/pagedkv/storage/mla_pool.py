@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..kernels.copy_pages import copy_pages
 from ..kernels.gather_kv import gather_kv
 from ..kernels.store_mla import store_mla
-from ..shapes import check_int
 from ..spec import MLACacheSpec
-from .page_buffer import page_buffer
+from .page_pool import PagePool
 
 __all__ = ["MLAPool"]
 
 
-class MLAPool:
+class _LayerViews(NamedTuple):
+    pages: torch.Tensor
+    latent: torch.Tensor
+    rope: torch.Tensor
+
+
+class MLAPool(PagePool[MLACacheSpec, _LayerViews]):
     """Latents and rope keys of `num_pages` pages over all layers, in one buffer.
 
     Shapes: pages(layer) [N, P, C + R], a view of `buffer`: latent and rope key of a token lie side by side;
@@ -31,38 +36,10 @@ class MLAPool:
     (torch.Size([10, 16, 40]), torch.Size([10, 16, 8]))
     """
 
-    def __init__(self, spec: MLACacheSpec, num_pages: int, device: torch.device | str = "cpu") -> None:
-        if not isinstance(spec, MLACacheSpec):
-            raise TypeError(f"spec must be an MLACacheSpec, got {type(spec).__name__}.")
-        check_int("num_pages", num_pages, minimum=1)
-        self.spec = spec
-        self.num_pages = num_pages
-        page_elements = spec.bytes_per_page // spec.dtype.itemsize
-        self.buffer = page_buffer(num_pages * page_elements, spec.dtype, device)
-        self._views = _layer_views(self.buffer, spec, num_pages)
+    _spec_type = MLACacheSpec
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_views"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Views that travelled by themselves would no longer be views of the buffer.
-        vars(self).update(state)
-        self._views = _layer_views(self.buffer, self.spec, self.num_pages)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffer is."""
-        return self.buffer.device
-
-    @property
-    def page_size(self) -> int:
-        """Token slots a page."""
-        return self.spec.page_size
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the buffer."""
-        return self.buffer.numel() * self.buffer.element_size()
+    def _layer_views(self) -> list[_LayerViews]:
+        return _layer_views(self.buffer, self.spec, self.num_pages)
 
     def pages(self, layer: int) -> torch.Tensor:
         """Latents and rope keys of one layer, a view."""
@@ -94,23 +71,6 @@ class MLAPool:
         else:
             pages = self.buffer.view(self.spec.num_layers, self.num_pages, -1).movedim(1, 0)
         copy_pages(pages, pages, src, dst)
-
-    def _layer(self, layer: int) -> _LayerViews:
-        if not isinstance(layer, int) or isinstance(layer, bool):
-            raise TypeError(f"layer must be an int, got {type(layer).__name__}.")
-        if not 0 <= layer < len(self._views):
-            raise ValueError(f"layer must be in 0..{len(self._views) - 1}, got {layer}.")
-        return self._views[layer]
-
-    def __repr__(self) -> str:
-        size = f"{self.num_bytes / 2**20:.1f} MiB"
-        return f"MLAPool(num_pages={self.num_pages}, device={str(self.device)!r}, {size}, {self.spec})"
-
-
-class _LayerViews(NamedTuple):
-    pages: torch.Tensor
-    latent: torch.Tensor
-    rope: torch.Tensor
 
 
 def _layer_views(buffer: torch.Tensor, spec: MLACacheSpec, num_pages: int) -> list[_LayerViews]:

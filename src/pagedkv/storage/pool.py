@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +11,20 @@ from ..kernels.copy_pages import copy_pages
 from ..kernels.gather_kv import gather_kv
 from ..kernels.quantize import dequantize_kv
 from ..kernels.store_kv import store_kv
-from ..shapes import check_int
 from ..spec import KVCacheSpec
-from .page_buffer import page_buffer
+from .page_pool import PagePool
 
 __all__ = ["KVPool"]
 
 
-class KVPool:
+class _LayerPages(NamedTuple):
+    key: torch.Tensor
+    value: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+
+
+class KVPool(PagePool[KVCacheSpec, _LayerPages]):
     """Keys and values of `num_pages` pages over all layers, in one buffer.
 
     Shapes: key_pages(layer) [N, P, Hk, D], value_pages(layer) [N, P, Hk, Dv] ("HND": [N, Hk, P, D]), views of `buffer`.
@@ -35,41 +41,14 @@ class KVPool:
     torch.Size([10, 16, 3, 64])
     """
 
-    def __init__(self, spec: KVCacheSpec, num_pages: int, device: torch.device | str = "cpu") -> None:
-        if not isinstance(spec, KVCacheSpec):
-            raise TypeError(f"spec must be a KVCacheSpec, got {type(spec).__name__}.")
-        check_int("num_pages", num_pages, minimum=1)
-        self.spec = spec
-        self.num_pages = num_pages
-        page_elements = spec.bytes_per_page // spec.dtype.itemsize
-        self.buffer = page_buffer(num_pages * page_elements, _buffer_dtype(spec), device)
-        self._views = _layer_views(self.buffer, spec, num_pages)
+    _spec_type = KVCacheSpec
 
-    def __getstate__(self) -> dict[str, Any]:
-        # As bytes: torch cannot load a pickled tensor of every dtype that a pool may have.
-        state = {name: value for name, value in vars(self).items() if name != "_views"}
-        return {**state, "buffer": self.buffer.view(torch.uint8)}
+    def _layer_views(self) -> list[_LayerPages]:
+        return _layer_views(self.buffer, self.spec, self.num_pages)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Views that travelled by themselves would no longer be views of the buffer.
-        vars(self).update(state)
-        self.buffer = self.buffer.view(_buffer_dtype(self.spec))
-        self._views = _layer_views(self.buffer, self.spec, self.num_pages)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffer is."""
-        return self.buffer.device
-
-    @property
-    def page_size(self) -> int:
-        """Token slots a page."""
-        return self.spec.page_size
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the buffer."""
-        return self.buffer.numel() * self.buffer.element_size()
+    def _buffer_dtype(self) -> torch.dtype:
+        # Scales and codes share a buffer of bytes.
+        return torch.uint8 if self.spec.has_scales else self.spec.dtype
 
     def key_pages(self, layer: int) -> torch.Tensor:
         """The keys of one layer, a view."""
@@ -138,31 +117,8 @@ class KVPool:
         shape = self.num_pages, 2 * self.spec.num_layers, num_elements
         return first.as_strided(shape, (num_elements, self.num_pages * num_elements, 1))
 
-    def _layer(self, layer: int) -> _LayerPages:
-        if not isinstance(layer, int) or isinstance(layer, bool):
-            raise TypeError(f"layer must be an int, got {type(layer).__name__}.")
-        if not 0 <= layer < len(self._views):
-            raise ValueError(f"layer must be in 0..{len(self._views) - 1}, got {layer}.")
-        return self._views[layer]
-
-    def __repr__(self) -> str:
-        size = f"{self.num_bytes / 2**20:.1f} MiB"
-        return f"KVPool(num_pages={self.num_pages}, device={str(self.device)!r}, {size}, {self.spec})"
-
 
 _PairOfShapes = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-class _LayerPages(NamedTuple):
-    key: torch.Tensor
-    value: torch.Tensor
-    key_scales: torch.Tensor | None
-    value_scales: torch.Tensor | None
-
-
-def _buffer_dtype(spec: KVCacheSpec) -> torch.dtype:
-    """Scales and codes share a buffer of bytes."""
-    return torch.uint8 if spec.has_scales else spec.dtype
 
 
 def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> list[_LayerPages]:
