@@ -10,12 +10,8 @@ namespace pagedkv {
 
 /// Tokens between the start of a load and its use when pages are read in place.
 constexpr int kTokensAhead = 12;
-/// Tokens unpacked at a time: K or V of 128 columns then fit the first-level cache.
-constexpr int kPackedBlock = 32;
-/// Columns of wider rows that are unpacked together, so that a block of them is read from the nearest caches for every query row.
-constexpr int64_t kPanel = 288;
-/// Floats between the waiting sums of two query rows: one vector a token of a block, and room for a tile that runs over.
-constexpr int64_t kPartialStride = (kPackedBlock + 8) * Vec::kLanes;
+/// Tokens unpacked at a time: K or V of 128 columns then fit the nearest caches.
+constexpr int kPackedBlock = 64;
 /// Floats between two unpacked rows: rows a power of two apart would meet in the same few sets of the cache.
 constexpr int kUnpackedPad = 16;
 /// Entries of a list of rows beyond its last: what is read after it, for loads that start ahead.

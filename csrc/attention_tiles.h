@@ -74,26 +74,17 @@ class RowPrefetcher {
   int rows_a_step_ = 0;
 };
 
-/// Where the sums of products over a part of the columns wait for the next part: one vector a row and token, `row_stride` floats
-/// between rows; none: all columns are taken at once.
-struct PartialSums {
-  float* start = nullptr;
-  int64_t row_stride = 0;
-  bool resume = false, finish = true;
-};
-
 /// scores[r][t] = query[r] . rows(t) for kRows rows and the kTokens tokens from `token` on. `query` rows are padded with zeros
-/// to whole vectors. `partial` starts at the row and token of the tile.
+/// to whole vectors.
 template <int kRows, int kTokens, typename Rows>
 [[gnu::noinline]] void score_tile(const float* query, int64_t query_stride, const Rows& rows, int token, int dim,
-                                  float* scores, int64_t score_stride, PartialSums partial = {}) {
+                                  float* scores, int64_t score_stride) {
   constexpr int W = Vec::kLanes;
   decltype(rows(0)) key[kTokens];
   for (int t = 0; t < kTokens; ++t) key[t] = rows(token + t);
   Vec sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t)
-      sum[r][t] = partial.resume ? load(partial.start + r * partial.row_stride + t * W) : zero();
+    for (int t = 0; t < kTokens; ++t) sum[r][t] = zero();
   // The shorter side waits in registers while the longer passes: sums and operands just fill the register file.
   const auto add_products = [&](int d) {
     if constexpr (kTokens < kRows) {
@@ -124,11 +115,6 @@ template <int kRows, int kTokens, typename Rows>
       const Vec k = load_lower(key[t] + d);
       for (int r = 0; r < kRows; ++r) sum[r][t] = fma(load(query + r * query_stride + d), k, sum[r][t]);
     }
-  }
-  if (!partial.finish) {
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kTokens; ++t) store(partial.start + r * partial.row_stride + t * W, sum[r][t]);
-    return;
   }
   constexpr int kSums = kRows * kTokens;
   float sums[kSums + 3];
@@ -183,36 +169,25 @@ constexpr int value_vecs(int rows) {
 
 /// Rows of a tile over pages read in place, and over unpacked float32.
 constexpr int kDirectTile = 4;
-#if defined(__AVX512F__)
-constexpr int kPackedScoreTile = 6;
-#else
-constexpr int kPackedScoreTile = 4;
-#endif
-constexpr int kPackedValueTile = 6;
+constexpr int kPackedTile = 6;
 
 /// Scores of `num_rows` (<= kRows) rows and tokens [first, last). Tiles that do not divide the tokens step back; where that
 /// is not possible, up to 7 scores and sums beyond `last` become undefined.
 template <int kRows, typename Rows>
 inline void score_rows(int num_rows, const float* query, int64_t query_stride, const Rows& rows, int first, int last,
-                       int dim, float* scores, int64_t score_stride, RowPrefetcher& next, PartialSums partial = {}) {
+                       int dim, float* scores, int64_t score_stride) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows)
-      return score_rows<kRows - 1>(num_rows, query, query_stride, rows, first, last, dim, scores, score_stride, next,
-                                   partial);
+      return score_rows<kRows - 1>(num_rows, query, query_stride, rows, first, last, dim, scores, score_stride);
   }
   constexpr int kTokens = score_tokens(kRows);
-  // A token whose sums wait must not be added to twice.
-  const bool may_step_back = last - first >= kTokens && !partial.start;
   for (int t = first; t < last; t += kTokens) {
-    next.step();
-    if (t + kTokens <= last || may_step_back) {
-      score_tile<kRows, kTokens>(query, query_stride, rows, std::min(t, last - kTokens), dim, scores, score_stride,
-                                 partial);
+    if (last - first >= kTokens) {
+      score_tile<kRows, kTokens>(query, query_stride, rows, std::min(t, last - kTokens), dim, scores, score_stride);
     } else {
       const FewRows<Rows> few{rows, last - 1};
-      score_tile<kRows, kTokens>(query, query_stride, few, t, dim, scores, score_stride, partial);
+      score_tile<kRows, kTokens>(query, query_stride, few, t, dim, scores, score_stride);
     }
-    if (partial.start) partial.start += kTokens * Vec::kLanes;
   }
 }
 

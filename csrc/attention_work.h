@@ -9,11 +9,11 @@ namespace pagedkv {
 
 /// Keys are taken in chunks of this many tokens at fixed positions of the sequence, whoever computes them.
 constexpr int kChunkTokens = 256;
-/// Up to this many query rows a KV head, pages are read in place and all heads of a chunk are taken together; above, keys
-/// and values are first unpacked to contiguous float32.
+/// Up to this many query rows a KV head, pages are read in place and all heads of a chunk are taken together; above, values
+/// are first unpacked to contiguous float32 and keys turned over.
 constexpr int kDirectRows = 8;
-/// Query rows that share one unpacking. More rows would push the scores out of the second-level cache.
-constexpr int kPackedRows = 128;
+/// Query rows that share one unpacking: whole tiles of six, and few enough that their scores stay in the second-level cache.
+constexpr int kPackedRows = 192;
 /// Rows a KV head up to which a sequence shares the reading of a common prefix; above, arithmetic outweighs the reading.
 constexpr int kSharingRows = 64;
 /// Tokens of a chunk that must be common before it is worth taking together.

@@ -4,6 +4,7 @@
 #include "attention_chunk.h"
 #include "attention_softmax.h"
 #include "attention_tiles.h"
+#include "attention_transposed.h"
 #include "scratch.h"
 
 #include <algorithm>
@@ -34,9 +35,8 @@ class Worker {
     scores_ = carver.take<float>(rows * kScoreStride);
     chunk_total_ = carver.take<float>(rows * call.padded_value_dim);
     total_ = carver.take<float>(rows * call.padded_value_dim);
-    const int64_t panel = std::max(key_panel(), std::min(call.padded_value_dim, kPanel));
-    unpacked_ = carver.take<float>(kPackedBlock * (panel + kUnpackedPad));
-    partial_ = carver.take<float>(key_panel() < call.padded_dim ? rows * kPartialStride : 0);
+    unpacked_ = carver.take<float>(kPackedBlock * (std::max(call.padded_dim, call.padded_value_dim) + kUnpackedPad));
+    transposed_ = carver.take<float>(TransposedKeys::num_floats(call.padded_dim));
     key_scales_ = carver.take<float>(kScoreStride);
     value_scales_ = carver.take<float>(kScoreStride);
     state_ = carver.take<RowState>(rows);
@@ -163,10 +163,9 @@ class Worker {
   /// Dot products of rows [row_first, row_last) of every head with the keys of a chunk.
   void score(const ChunkRows<T>& chunk, int row_first, int row_last) {
     if (!in_place(row_last - row_first)) {
-      for (int64_t head = 0; head < num_heads_; ++head) score_unpacked(chunk, head, row_first, row_last);
+      for (int64_t head = 0; head < num_heads_; ++head) score_transposed(chunk, head, row_first, row_last);
       return;
     }
-    RowPrefetcher none;
     const int step = 2 * score_tokens(std::min(row_last - row_first, kDirectTile));
     // A few tokens at a time, all heads in turn: memory is walked nearly in order in either layout.
     for (int block = chunk.first; block < chunk.last; block += step) {
@@ -175,53 +174,44 @@ class Worker {
         for (int row = row_first; row < row_last; row += kDirectTile)
           score_rows<kDirectTile>(std::min(kDirectTile, row_last - row), query(head, row), call_.padded_dim,
                                   chunk.keys(call_, item_->head_first + head, row == row_first ? kTokensAhead : 0), block,
-                                  last, static_cast<int>(call_.key_dim), scores(head, row), kScoreStride, none);
+                                  last, static_cast<int>(call_.key_dim), scores(head, row), kScoreStride);
       }
     }
   }
 
-  /// Columns that are unpacked together: all of a row that must be rotated.
-  int64_t key_panel() const { return call_.rotation.table ? call_.padded_dim : std::min(call_.padded_dim, kPanel); }
-
-  /// Unpacks block by block, and blocks of wide rows panel by panel; each panel serves all rows.
-  void score_unpacked(const ChunkRows<T>& chunk, int64_t head, int row_first, int row_last) {
-    const int64_t panel = key_panel(), stride = panel + kUnpackedPad, dim = call_.padded_dim;
-    const int64_t tiles = (row_last - row_first + kPackedScoreTile - 1) / kPackedScoreTile;
+  /// Turns keys over block by block; each block serves all rows.
+  void score_transposed(const ChunkRows<T>& chunk, int64_t head, int row_first, int row_last) {
+    const int64_t stride = call_.padded_dim + kUnpackedPad, tiles = (row_last - row_first + kPackedTile - 1) / kPackedTile;
+    const TransposedKeys keys{transposed_, call_.padded_dim / Vec::kLanes};
+    const ListedRows<T> listed = chunk.keys(call_, item_->head_first + head);
     for (int block = chunk.first; block < chunk.last; block += kPackedBlock) {
       const int last = std::min(block + kPackedBlock, chunk.last);
-      RowPrefetcher next(chunk.keys(call_, item_->head_first + head), last, kPackedBlock, call_.key_dim,
-                         tiles * (kPackedBlock / score_tokens(kPackedScoreTile)));
-      for (int64_t column = 0; column < dim; column += panel) {
-        const int64_t width = std::min(panel, dim - column);
-        unpack_keys(chunk, head, block, last, column, column + width, stride);
-        const PackedRows rows{unpacked_ - block * stride, stride};
-        for (int row = row_first; row < row_last; row += kPackedScoreTile) {
-          const int count = std::min(kPackedScoreTile, row_last - row);
-          const auto [seen_first, seen_last] = seen_by_any(row, count, block, last);
-          PartialSums partial;
-          if (panel < dim) partial = {partial_ + row * kPartialStride, kPartialStride, column > 0, column + width >= dim};
-          score_rows<kPackedScoreTile>(count, query(head, row) + column, dim, rows, static_cast<int>(seen_first),
-                                       static_cast<int>(seen_last), static_cast<int>(width), scores(head, row),
-                                       kScoreStride, next, partial);
-        }
+      if (call_.keys_need_unpacking()) {
+        unpack_keys(chunk, head, block, last, stride);
+        keys.fill(PackedRows{unpacked_ - block * stride, stride}, block, last, call_.padded_dim);
+      } else {
+        keys.fill(listed, block, last, call_.key_dim);
+      }
+      RowPrefetcher next(listed, last, kPackedBlock, call_.key_dim, tiles * (kPackedBlock / (2 * Vec::kLanes)));
+      for (int row = row_first; row < row_last; row += kPackedTile) {
+        const int count = std::min(kPackedTile, row_last - row);
+        const auto [seen_first, seen_last] = seen_by_any(row, count, block, last);
+        transposed_rows<kPackedTile>(count, query(head, row), call_.padded_dim, keys, block,
+                                          static_cast<int>(seen_first), static_cast<int>(seen_last), scores(head, row),
+                                          kScoreStride, next);
       }
     }
   }
 
-  /// Columns [column_first, column_last) of key rows [first, last).
-  void unpack_keys(const ChunkRows<T>& chunk, int64_t head, int first, int last, int64_t column_first,
-                   int64_t column_last, int64_t stride) {
-    const int64_t at = item_->head_first + head, end = call_.key_dim;
-    ListedRows<T> keys = chunk.keys(call_, at), tails = chunk.tails(call_, at);
-    keys.offset += column_first;
-    tails.offset += std::max<int64_t>(0, column_first - end);
-    const int64_t key_width = std::clamp<int64_t>(end - column_first, 0, column_last - column_first);
-    const int64_t tail_width = std::min(column_last, end + call_.tail_dim) - std::max(column_first, end);
+  /// Key rows [first, last) as the products take them.
+  void unpack_keys(const ChunkRows<T>& chunk, int64_t head, int first, int last, int64_t stride) {
+    const int64_t at = item_->head_first + head;
+    const ListedRows<T> keys = chunk.keys(call_, at), tails = chunk.tails(call_, at);
     for (int t = first; t < last; ++t) {
       // One row after the other: where vectors are wider than a row's end, the next row writes over what it spilled.
       float* row = unpacked_ + (t - first) * stride;
-      unpack_rows(keys, t, t + 1, key_width, row, stride);
-      if (tail_width > 0) unpack_rows(tails, t, t + 1, tail_width, row + key_width, stride);
+      unpack_rows(keys, t, t + 1, call_.key_dim, row, stride);
+      if (call_.tail_dim > 0) unpack_rows(tails, t, t + 1, call_.tail_dim, row + call_.key_dim, stride);
       if (call_.rotation.table) rotate(call_.rotation, chunk_start_ + t, row);
     }
   }
@@ -262,7 +252,6 @@ class Worker {
       return;
     }
     RowPrefetcher none;
-    columns_ = {0, call_.value_dim};
     for (int block = chunk.first; block < chunk.last; block += kValueBlock) {
       const int last = std::min(block + kValueBlock, chunk.last);
       for (int64_t head = 0; head < num_heads_; ++head) {
@@ -275,20 +264,16 @@ class Worker {
   }
 
   void weigh_unpacked(const ChunkRows<T>& chunk, int64_t head, int row_first, int row_last) {
-    const int64_t panel = std::min(call_.padded_value_dim, kPanel), stride = panel + kUnpackedPad, dim = call_.value_dim;
-    const int64_t tiles = (row_last - row_first + kPackedValueTile - 1) / kPackedValueTile;
-    const int64_t columns = std::max<int64_t>(1, dim / (value_vecs(kPackedValueTile) * Vec::kLanes));
+    const int64_t stride = call_.padded_value_dim + kUnpackedPad, tiles = (row_last - row_first + kPackedTile - 1) / kPackedTile;
+    const int64_t columns = std::max<int64_t>(1, call_.value_dim / (value_vecs(kPackedTile) * Vec::kLanes));
+    const ListedRows<T> values = chunk.values(call_, item_->head_first + head);
     for (int block = chunk.first; block < chunk.last; block += kPackedBlock) {
       const int last = std::min(block + kPackedBlock, chunk.last);
-      ListedRows<T> values = chunk.values(call_, item_->head_first + head);
-      RowPrefetcher next(values, last, kPackedBlock, dim, tiles * columns);
-      for (int64_t column = 0; column < dim; column += panel, values.offset += panel) {
-        columns_ = {column, std::min(column + panel, dim)};
-        unpack_rows(values, block, last, columns_.last - column, unpacked_, stride);
-        const PackedRows rows{unpacked_ - block * stride, stride};
-        for (int row = row_first; row < row_last; row += kPackedValueTile)
-          weigh_rows<kPackedValueTile>(head, row, std::min(kPackedValueTile, row_last - row), rows, block, last, next);
-      }
+      RowPrefetcher next(values, last, kPackedBlock, call_.value_dim, tiles * columns);
+      unpack_rows(values, block, last, call_.value_dim, unpacked_, stride);
+      const PackedRows rows{unpacked_ - block * stride, stride};
+      for (int row = row_first; row < row_last; row += kPackedTile)
+        weigh_rows<kPackedTile>(head, row, std::min(kPackedTile, row_last - row), rows, block, last, next);
     }
   }
 
@@ -343,9 +328,9 @@ class Worker {
 
   template <int kTile, typename Rows>
   void weigh_tile(int64_t head, int row, int count, const Rows& rows, int first, int last, RowPrefetcher& next) {
-    float* totals = chunk_total_ + (head * num_rows_ + row) * call_.padded_value_dim + columns_.first;
-    value_rows<kTile>(count, scores(head, row), kScoreStride, rows, first, last,
-                      static_cast<int>(columns_.last - columns_.first), totals, call_.padded_value_dim, next);
+    float* totals = chunk_total_ + (head * num_rows_ + row) * call_.padded_value_dim;
+    value_rows<kTile>(count, scores(head, row), kScoreStride, rows, first, last, static_cast<int>(call_.value_dim), totals,
+                      call_.padded_value_dim, next);
   }
 
   /// Folds the chunk into the running state, or leaves it to be merged when other chunks are someone else's.
@@ -387,7 +372,7 @@ class Worker {
   const Call& call_;
   const Softmax softmax_;
   const AttentionItem* item_ = nullptr;
-  float *query_, *scores_, *chunk_total_, *total_, *unpacked_, *partial_, *key_scales_, *value_scales_;
+  float *query_, *scores_, *chunk_total_, *total_, *unpacked_, *transposed_, *key_scales_, *value_scales_;
   RowState *state_, *chunk_state_;
   Row* rows_;
   RowView* views_;
@@ -395,7 +380,6 @@ class Worker {
   int num_rows_ = 0;
   KeyRange visible_{0, 0};
   KeyRange all_see_{0, 0};  // tokens of the chunk
-  KeyRange columns_{0, 0};  // of the values that are being weighed
 };
 
 }  // namespace pagedkv

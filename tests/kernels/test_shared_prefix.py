@@ -304,12 +304,12 @@ def test_branchings_within_one_chunk_are_read_in_the_cheapest_groups():
     assert_sharing_changes_nothing(batch, sequences)
 
 
-def test_many_sequences_share_in_items_of_at_most_128_rows():
+def test_many_sequences_share_in_items_of_at_most_192_rows():
     sequences = shared_prefix(64, 512, num_seqs=300, own_tokens=1)
     batch = make_batch(sequences, group=3, head_dim=8)
     work = read_work(batch.plan)
-    assert max(map(work.rows_of, work.items)) <= 128
-    assert keys_read(batch.plan) == -(-300 // (128 // 3)) * 512 + 300
+    assert max(map(work.rows_of, work.items)) <= 192
+    assert keys_read(batch.plan) == -(-300 // (192 // 3)) * 512 + 300
     assert_covers_once(batch.plan)
     assert_sharing_changes_nothing(batch, sequences)
 
