@@ -141,6 +141,13 @@ def test_graph_mode_and_the_faster_plan():
     fast(*longer.table, 4, 2, 64, 16, global_override_indptr_cpu=longer.kv_indptr)
     longer.assert_close(wrapper.run(longer.q, longer.pair, return_lse=True), longer.expected())
     assert buffers[2].tolist() == [5, 2]
+    # As engines install it, in the place of plan.
+    wrapper.plan = fast
+    wrapper.plan(*batch.table, 4, 2, 64, 16)
+    planned_batch = wrapper.batch
+    wrapper.workspace_size(*longer.table, 4, 2, 64, 16)
+    assert wrapper.batch is planned_batch
+    batch.assert_close(wrapper.run(batch.q, batch.pair, return_lse=True), batch.expected())
     three = one_row_each([20, 33, 4])
     with pytest.raises(ValueError, match="indptr must have exactly the 3 entries"):
         wrapper.plan(*three.table, 4, 2, 64, 16)

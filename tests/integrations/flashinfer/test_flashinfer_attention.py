@@ -168,8 +168,8 @@ def test_what_run_refuses():
         wrapper.run(batch.q, batch.pair, out=batch.q[..., 1:])
     with pytest.raises(ValueError, match="lse must have dtype float32, got float16"):
         wrapper.run(batch.q, batch.pair, lse=torch.empty(16, 4, dtype=torch.float16))
-    with pytest.raises(ValueError, match="k_scale must be a number or a tensor of one element"):
-        wrapper.run(batch.q, batch.pair, k_scale=torch.ones(2))
+    with pytest.raises(ValueError, match="k_scale must have 1 or 2 elements"):
+        wrapper.run(batch.q, batch.pair, k_scale=torch.ones(3))
     with pytest.raises(NotImplementedError, match="kv_cache_sf is not supported"):
         wrapper.run(batch.q, batch.pair, kv_cache_sf=batch.pair)
     with pytest.raises(RuntimeError, match="plan must be called before run"):
@@ -277,7 +277,7 @@ def test_what_the_sink_wrapper_refuses():
     for attempt in (run, functools.partial(run, return_lse=True), functools.partial(run, sinks=None)):
         with pytest.raises(TypeError, match="run must have a sink tensor and sm_scale after the caches, got neither"):
             attempt()
-    with pytest.raises(TypeError, match="run must have a sink tensor and sm_scale positional arguments"):
+    with pytest.raises(TypeError, match="run must have a sink tensor and sm_scale by position"):
         run(SINKS)
     with pytest.raises(ValueError, match="sinks must have shape"):
         run(SINKS[:3], 0.3)

@@ -231,7 +231,7 @@ def test_sinks_join_the_denominator_in_both_forms():
     variant.plan(batch.qo_indptr, *batch.table, 4, 2, 64, 16, causal=True)
     expected = batch.expected(causal=True, sinks=sinks, sm_scale=0.3)
     batch.assert_close(variant.run(batch.q, batch.pair, sinks, 0.3, return_lse=True), expected)
-    with pytest.raises(TypeError, match="no positional arguments"):
+    with pytest.raises(TypeError, match="must have nothing by position"):
         wrapper.run(batch.q, batch.pair, sinks, 0.3)
 
 
@@ -260,10 +260,11 @@ def test_workspace_size_plans_nothing():
     batch = Batch([1], [40_000], page_size=64, num_kv_heads=1, head_dim=8)
     wrapper = BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
     sizes = wrapper.workspace_size(batch.qo_indptr, *batch.table, 2, 1, 8, 64)
-    assert all(isinstance(size, int) and size >= 0 for size in sizes)
-    assert sizes[1] > 0
     with pytest.raises(RuntimeError, match="plan must be called"):
         wrapper.run(batch.q, batch.pair)
+    wrapper.plan(batch.qo_indptr, *batch.table, 2, 1, 8, 64)
+    work = wrapper.batch.plan.work
+    assert sizes == (wrapper.batch.plan.workspace_bytes, 0 if work is None else work.nbytes)
     wrapper.reset_workspace_buffer(torch.empty(64), torch.empty(64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="int_workspace_buffer must be aligned"):
         wrapper.reset_workspace_buffer(torch.empty(64), torch.empty(64, dtype=torch.uint8)[1:])
@@ -347,3 +348,42 @@ def test_the_same_bits_in_every_batch():
         disable_split_kv=True,
     )
     assert torch.equal(alone.run(batch.q[:40], batch.pair), together[:40])
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_eight_bits_with_scales_of_each_head(by_name):
+    batch = Batch(Q_LENS, [17, 40, 9, 8, 0], num_kv_heads=2, group=2)
+    in_eight_bits = [x.to(FLOAT8) for x in (batch.q, batch.key_pages, batch.value_pages)]
+    batch.q, batch.keys = batch.q.to(FLOAT8).half(), [key.to(FLOAT8).half() for key in batch.keys]
+    batch.values = [value.to(FLOAT8).half() for value in batch.values]
+    scales = torch.rand(4) + 0.5, torch.rand(2) + 0.5, torch.rand(2) + 0.5
+    q, *pages = in_eight_bits
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
+    wrapper.plan(
+        batch.qo_indptr, *batch.table, 4, 2, 64, 16, causal=True, q_data_type=FLOAT8, o_data_type=torch.float16
+    )
+    given = dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True)) if by_name else {}
+    result = wrapper.run(q, tuple(pages), *(() if by_name else scales), return_lse=True, **given)
+    batch.q = batch.q.float() * scales[0][:, None]
+    batch.keys = [key.float() * scales[1][:, None] for key in batch.keys]
+    batch.values = [value.float() * scales[2][:, None] for value in batch.values]
+    batch.assert_close(result, batch.expected(causal=True))
+    ragged = BatchPrefillWithRaggedKVCacheWrapper(WORKSPACE)
+    kv_indptr = torch.tensor([0, *batch.kv_lens]).cumsum(0)
+    ragged.plan(batch.qo_indptr, kv_indptr, 4, 2, 64, causal=True, q_data_type=FLOAT8, o_data_type=torch.float32)
+    keys = torch.cat([key / scales[1][:, None] for key in batch.keys]).to(FLOAT8)
+    values = torch.cat([value / scales[2][:, None] for value in batch.values]).to(FLOAT8)
+    assert_near(ragged.run(q, keys, values, *scales), batch.expected(causal=True)[0], torch.float32)
+    with pytest.raises(TypeError, match="the scales of q, k and v by position after the caches, got 2"):
+        wrapper.run(q, tuple(pages), *scales[:2])
+
+
+def test_an_lse_buffer_is_filled_without_return_lse():
+    batch = Batch(Q_LENS, KV_LENS)
+    wrapper = planned(batch)
+    lse = torch.full((16, 4), float("nan"))
+    out = wrapper.run(batch.q, batch.pair, lse=lse)
+    batch.assert_close((out, lse), batch.expected())

@@ -140,14 +140,14 @@ def test_forward_takes_its_own_options():
     wrapper.end_forward()
 
 
-def test_scales_are_numbers_or_tensors_of_one():
+def test_scales_are_numbers_or_tensors():
     blocks = Blocks(20, 48, 4, 16)
     wrapper = blocks.plan()
     out = wrapper.run(*blocks.qkv, scale_q=2.0, scale_k=torch.tensor([0.25]), scale_v=torch.tensor(4.0))
     expected = blocks.gathered(sm_scale=0.5 / math.sqrt(DIM))[0]
     assert_near(out / 4, expected, torch.float32)
-    with pytest.raises(ValueError, match="v_scale must be a number or a tensor of one element"):
-        wrapper.run(*blocks.qkv, scale_v=torch.ones(2))
+    with pytest.raises(ValueError, match="v_scale must have 1 or . elements"):
+        wrapper.run(*blocks.qkv, scale_v=torch.ones(7))
 
 
 def test_the_output_is_float16_unless_told_otherwise():

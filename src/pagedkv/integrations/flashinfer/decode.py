@@ -15,7 +15,7 @@ from .planned import Logits, plan_batch
 from .single import attend_single
 from .tables import page_table, row_indptr
 from .vendor_only import Refused, lookup
-from .wrapper import PlannedWrapper, check_window, fill_buffers, sink_arguments, takes_sinks
+from .wrapper import PlannedWrapper, check_window, extra_arguments, fill_buffers, takes_sinks
 
 __all__ = [
     "BatchDecodeMlaWithPagedKVCacheWrapper",
@@ -219,17 +219,13 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedWrapper):
         check_window(window_left, batch)
         if q_len_per_req is not None and q_len_per_req != self._q_len_per_req:
             raise ValueError(f"q_len_per_req must be {self._q_len_per_req} (set by plan), got {q_len_per_req}.")
-        sinks, sm_scale = sink_arguments(args, self._is_sink_variant, sinks)
+        extra = extra_arguments(args, self._is_sink_variant, q)
         key_pages, value_pages = unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
         return batch.run(
             q,
             key_pages,
             value_pages,
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            sm_scale=sm_scale,
-            sinks=sinks,
+            **{"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "sinks": sinks, **extra},
             out=out,
             lse=lse,
             return_lse=return_lse,
@@ -323,7 +319,9 @@ def fast_decode_plan(
         data_type = canonical_dtype("data_type", data_type)
         q_data_type = data_type if q_data_type is None else q_data_type
         kv_data_type = data_type if kv_data_type is None else kv_data_type
-    self.plan(
+    # Not self.plan, in whose place this function stands.
+    BatchDecodeWithPagedKVCacheWrapper.plan(
+        self,
         indptr if global_override_indptr_cpu is None else int32_indices("indptr", global_override_indptr_cpu),
         indices,
         last_page_len,

@@ -9,7 +9,7 @@ import torch
 
 from ...shapes import Shapes, check_int
 from ...storage import PageTable
-from .arguments import check_result_buffer, int32_indices
+from .arguments import as_scalar, check_result_buffer, int32_indices
 from .planned import Logits, PlannedBatch, plan_batch
 
 __all__ = ["indptr_of", "into", "of_kv_heads", "plan_by_head", "run_by_head", "with_logits"]
@@ -88,7 +88,10 @@ def run_by_head(
     rows = q.reshape(num_kv_heads, group, num_rows, dim).transpose(1, 2).reshape(-1, group, dim)
     # Pages of the heads laid one after the other: views where k and v have no gaps.
     pages = (x.reshape(num_kv_heads * x.shape[1] // size, size, 1, x.shape[2]) for x in (k, v))
-    result = batch.run(rows, *pages, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=True)
+    # The plan's heads are those of one group: a factor a head would meet the wrong ones.
+    scales = (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))
+    given: dict[str, Any] = {name: as_scalar(name, scale) for name, scale in scales if scale is not None}
+    result = batch.run(rows, *pages, **given, return_lse=True)
     assert isinstance(result, tuple)
     out, lse = (x.reshape(num_kv_heads, num_rows, *x.shape[1:]).transpose(1, 2) for x in result)
     return out.flatten(0, 1), lse.flatten(0, 1)
@@ -108,9 +111,9 @@ def into(
     if lse is not None:
         check_result_buffer("lse", lse, tuple(sums.shape), torch.float32, result.device)
     result = result.contiguous() if out is None else out.copy_(result)
-    if not return_lse:
-        return result
-    return result, sums.contiguous() if lse is None else lse.copy_(sums)
+    if lse is not None:
+        sums = lse.copy_(sums)
+    return (result, sums.contiguous()) if return_lse else result
 
 
 def with_logits(batch: PlannedBatch, logits: Logits, is_by_head: bool) -> PlannedBatch:

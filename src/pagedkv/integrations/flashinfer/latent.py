@@ -102,7 +102,7 @@ def run_latent(
         kpe_cache,
         batch.plan,
         sm_scale=required_scale(batch.logits.sm_scale) * logit_scale,
-        return_lse=return_lse,
+        return_lse=return_lse or lse is not None,
         out=out if writes_out else None,
     )
     result = state.out if isinstance(state, AttentionState) else state
@@ -111,8 +111,9 @@ def run_latent(
     result = result.to(batch.q_dtype) if out is None or writes_out else out.copy_(result)
     if not isinstance(state, AttentionState):
         return result
-    in_unit = state.lse.mul_(lse_unit)
-    return result, in_unit if lse is None else lse.copy_(in_unit)
+    sums = state.lse.mul_(lse_unit)
+    sums = sums if lse is None else lse.copy_(sums)
+    return (result, sums) if return_lse else result
 
 
 def _check_tensors(batch: PlannedBatch, tensors: dict[str, Any]) -> None:

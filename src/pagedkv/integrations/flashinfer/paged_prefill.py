@@ -12,7 +12,7 @@ from .layouts import PagedCache, unpack_paged_kv_cache
 from .planned import LOG2_E, Logits, plan_batch
 from .prefill_wrapper import PrefillWrapper
 from .tables import page_table
-from .wrapper import check_window, fill_buffers, sink_arguments
+from .wrapper import check_window, extra_arguments, fill_buffers
 
 __all__ = ["BatchPrefillWithPagedKVCacheWrapper"]
 
@@ -166,17 +166,13 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         refuse(kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
         batch = self.batch
         check_window(window_left, batch)
-        sinks, sm_scale = sink_arguments(args, self._is_sink_variant, sinks)
+        extra = extra_arguments(args, self._is_sink_variant, q)
         key_pages, value_pages = unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
         result = batch.run(
             q,
             key_pages,
             value_pages,
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            sm_scale=sm_scale,
-            sinks=sinks,
+            **{"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "sinks": sinks, **extra},
             out=out,
             lse=lse,
             return_lse=return_lse,

@@ -19,11 +19,12 @@ from .arguments import (
     check_result_buffer,
     int32_indices,
 )
-from .utils import get_alibi_slopes
+from .head_scales import Scale, by_head, is_by_head
+from .utils import get_alibi_slopes, log2e
 
 __all__ = ["FLOAT8_DTYPES", "LOG2_E", "Logits", "PlannedBatch", "plan_batch"]
 
-LOG2_E = math.log2(math.e)
+LOG2_E = log2e
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -80,9 +81,9 @@ class PlannedBatch:
         value_pages: torch.Tensor,
         *,
         layout: str | None = None,
-        q_scale: float | torch.Tensor | None = None,
-        k_scale: float | torch.Tensor | None = None,
-        v_scale: float | torch.Tensor | None = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         sm_scale: float | None = None,
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -92,7 +93,9 @@ class PlannedBatch:
         """Attention of one layer.
 
         Shapes: q [T, Hq, D]; key_pages [N, P, Hk, D]; value_pages [N, P, Hk, Dv] ("HND": [N, Hk, P, D]); out
-                [T, Hq, Dv]; lse [T, Hq] float32, base 2. sm_scale in place of the plan's.
+                [T, Hq, Dv]; lse [T, Hq] float32, base 2. Scales are numbers, or q_scale [Hq], k_scale, v_scale [Hk];
+                sm_scale in place of the plan's.
+        Owns:   writes out and lse where given, lse also without return_lse.
         Raises: ValueError for a dtype other than the plan's, and for shapes, before anything is written.
         """
         plan = self.plan
@@ -110,6 +113,10 @@ class PlannedBatch:
             check_result_buffer("out", out, result_shape, self.out_dtype, q.device)
         if lse is not None:
             check_result_buffer("lse", lse, result_shape[:2], torch.float32, q.device)
+        if is_by_head(q_scale, k_scale, v_scale):
+            scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+            options = {"layout": layout, "sm_scale": sm_scale, "sinks": sinks, "lse": lse, "return_lse": return_lse}
+            return self._run_by_head(q, key_pages, value_pages, scales, out, options)
         scale = self.logits.sm_scale if sm_scale is None else sm_scale
         if q_scale is not None or k_scale is not None:
             scale = 1.0 / math.sqrt(plan.head_dim) if scale is None else scale
@@ -128,13 +135,13 @@ class PlannedBatch:
             alibi_slopes=self.slopes,
             rope=self.rope,
             value_scales=None if v_scale is None else as_scalar("v_scale", v_scale),
-            return_lse=return_lse,
+            return_lse=return_lse or lse is not None,
             out=out if writes_out else None,
             out_dtype=self.out_dtype if self.out_dtype in _OUT_DTYPES else torch.float32,
         )
         result = state.out if isinstance(state, AttentionState) else state
         if result.dtype != self.out_dtype:
-            result = _rounded_to_float8(result, self.out_dtype)
+            result = _rounded(result, self.out_dtype)
         if out is not None and not writes_out:
             result = out.copy_(result)
         if not isinstance(state, AttentionState):
@@ -142,7 +149,29 @@ class PlannedBatch:
         natural = state.lse if self.shifts is None else state.lse.add_(self.shifts)
         if lse is None:
             return result, natural.mul_(LOG2_E)
-        return result, torch.mul(natural, LOG2_E, out=lse) if lse.is_contiguous() else lse.copy_(natural * LOG2_E)
+        lse.copy_(natural.mul_(LOG2_E))
+        return (result, lse) if return_lse else result
+
+    def _run_by_head(
+        self,
+        q: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        scales: dict[str, Scale],
+        out: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """A factor of a head is one of its query and of its output: in float32, so that nothing is rounded twice."""
+        heads, group = self.plan.num_kv_heads, self.plan.group
+        of_query = by_head("q_scale", scales["q_scale"], heads * group, 1, q.device)
+        of_query = of_query * by_head("k_scale", scales["k_scale"], heads, group, q.device)
+        of_output = by_head("v_scale", scales["v_scale"], heads, group, q.device)
+        batch = replace(self, q_dtype=torch.float32, out_dtype=torch.float32)
+        result = batch.run(q.float() * of_query, key_pages, value_pages, **options)
+        values, *rest = result if isinstance(result, tuple) else (result,)
+        values = _rounded(values.mul_(of_output), self.out_dtype)
+        values = values if out is None else out.copy_(values)
+        return (values, rest[0]) if rest else values
 
     def changed(self, *, causal: bool | None = None, window_left: int | None = None, **logits: Any) -> PlannedBatch:
         """The same batch with other options: causal and window of the plan, and any field of `Logits`."""
@@ -231,7 +260,9 @@ def _flat_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor 
     return None if mask is None else mask.to(device=device, dtype=torch.bool).flatten()
 
 
-def _rounded_to_float8(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers beyond the largest of the dtype become that one: e4m3fn has no infinity."""
-    largest = torch.finfo(dtype).max
-    return result.clamp(-largest, largest).to(dtype)
+def _rounded(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """From float32; numbers beyond the largest of 8 bits become that one, for e4m3fn has no infinity."""
+    if dtype in FLOAT8_DTYPES:
+        largest = torch.finfo(dtype).max
+        result = result.clamp(-largest, largest)
+    return result.to(dtype)

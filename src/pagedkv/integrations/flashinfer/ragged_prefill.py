@@ -12,7 +12,7 @@ from .arguments import as_scalar, refuse
 from .planned import FLOAT8_DTYPES, Logits, plan_batch
 from .prefill_wrapper import PrefillWrapper
 from .tables import ragged_pages, ragged_table
-from .wrapper import fill_buffers, sink_arguments
+from .wrapper import extra_arguments, fill_buffers
 
 __all__ = ["BatchPrefillWithRaggedKVCacheWrapper"]
 
@@ -143,19 +143,15 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         """
         refuse(kv_cache_sf=kv_cache_sf)
         batch = self.batch
-        sinks, sm_scale = sink_arguments(args, self._is_sink_variant, None)
+        extra = extra_arguments(args, self._is_sink_variant, q)
         if o_scale is not None:
             v_scale = as_scalar("v_scale", v_scale) * as_scalar("o_scale", o_scale)
         return batch.run(
             q,
             ragged_pages("k", k, batch.plan),
             ragged_pages("v", v, batch.plan),
+            **{"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, **extra},
             layout="NHD",
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            sm_scale=sm_scale,
-            sinks=sinks,
             out=out,
             lse=lse,
             return_lse=return_lse,

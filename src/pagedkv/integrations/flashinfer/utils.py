@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 
 import torch
 
@@ -17,7 +18,11 @@ __all__ = [
     "canonicalize_torch_dtype",
     "get_alibi_slopes",
     "is_float8",
+    "log2e",
 ]
+
+# From a natural LSE to FlashInfer's, of base 2.
+log2e = math.log2(math.e)
 
 # Programs import these two under their private names.
 _check_kv_layout = check_kv_layout

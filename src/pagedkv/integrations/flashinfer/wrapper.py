@@ -9,9 +9,9 @@ import torch
 
 from .arguments import check_workspace, int32_indices
 from .layouts import check_kv_layout
-from .planned import PlannedBatch
+from .planned import FLOAT8_DTYPES, PlannedBatch
 
-__all__ = ["PlannedWrapper", "check_planned", "check_window", "fill_buffers", "sink_arguments", "takes_sinks"]
+__all__ = ["PlannedWrapper", "check_planned", "check_window", "extra_arguments", "fill_buffers", "takes_sinks"]
 
 
 class PlannedWrapper:
@@ -55,7 +55,8 @@ class PlannedWrapper:
         """Bytes (float, int) that a plan with these arguments takes at most, of our own memory; nothing is planned."""
         probe = copy.copy(self)
         probe._use_cuda_graph = False
-        probe.plan(*args, **kwargs)
+        # Engines put a function of their own in the place of `plan`.
+        type(probe).plan(probe, *args, **kwargs)
         plan = probe.batch.plan
         return plan.workspace_bytes, 0 if plan.work is None else plan.work.numel() * plan.work.element_size()
 
@@ -134,13 +135,22 @@ def takes_sinks(jit_args: list[object] | None) -> bool:
     )
 
 
-def sink_arguments(
-    args: tuple[object, ...], is_sink_variant: bool, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor | None, float | None]:
-    """(sinks, sm_scale) from what follows the caches in `run`: the two arguments of the sink variant, or nothing."""
+def extra_arguments(args: tuple[Any, ...], is_sink_variant: bool, q: torch.Tensor) -> dict[str, Any]:
+    """Options of `PlannedBatch.run` from what follows the caches by position.
+
+    Rule:   of the sink variant the sinks and sm_scale; of queries of 8 bits the scales of q, k and v; else nothing.
+    Raises: TypeError for anything else.
+    """
     if not args:
-        return sinks, None
-    if not is_sink_variant or len(args) != 2 or not isinstance(args[0], torch.Tensor):
-        expected = "a sink tensor and sm_scale" if is_sink_variant else "no"
-        raise TypeError(f"run must have {expected} positional arguments after the caches, got {len(args)}.")
-    return args[0], float(args[1])  # type: ignore[arg-type]
+        return {}
+    if is_sink_variant:
+        if len(args) == 2 and isinstance(args[0], torch.Tensor):
+            return {"sinks": args[0], "sm_scale": float(args[1])}
+        expected = "a sink tensor and sm_scale"
+    elif q.dtype in FLOAT8_DTYPES:
+        if len(args) == 3:
+            return dict(zip(("q_scale", "k_scale", "v_scale"), args, strict=True))
+        expected = "the scales of q, k and v"
+    else:
+        expected = "nothing"
+    raise TypeError(f"run must have {expected} by position after the caches, got {len(args)} arguments.")
