@@ -150,7 +150,7 @@ def test_every_name_is_documented_and_every_documented_name_exists():
 
 @pytest.mark.parametrize("name", VENDOR_ONLY)
 def test_names_of_one_vendor_import_and_refuse(name):
-    for module in (flashinfer, flashinfer.decode, flashinfer.prefill):
+    for module in (flashinfer, flashinfer.decode, flashinfer.prefill, flashinfer.page, flashinfer.mla, flashinfer.rope):
         with pytest.raises(BackendUnavailableError, match=name):
             getattr(module, name)(1, key=2)
 

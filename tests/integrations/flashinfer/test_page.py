@@ -360,3 +360,16 @@ def test_a_manager_of_page_lists_keeps_what_a_dict_of_lists_keeps(page_size):
     prefill({"d": page_size - 1, "a": 2})
     for _ in range(3):
         decode(["d", "a", "b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_latents_of_eight_bits_are_moved_as_they_are(dtype):
+    cache = torch.zeros(4, 16, 40).to(dtype)
+    new = torch.randn(3, 40).to(dtype)
+    indptr, indices, last = torch.tensor([0, 1, 2]), torch.tensor([2, 0]), torch.tensor([2, 1])
+    rows, positions, parts = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), (cache[..., :32], cache[..., 32:])
+    flat = append_paged_mla_kv_cache(new[:, :32], new[:, 32:], rows, positions, *parts, indices, indptr, last)
+    assert flat is None
+    written = cache.view(torch.uint8)
+    assert torch.equal(written[[2, 2, 0], [0, 1, 0]], new.view(torch.uint8))
+    assert int((written != 0).any(-1).sum()) <= 3

@@ -387,3 +387,17 @@ def test_an_lse_buffer_is_filled_without_return_lse():
     lse = torch.full((16, 4), float("nan"))
     out = wrapper.run(batch.q, batch.pair, lse=lse)
     batch.assert_close((out, lse), batch.expected())
+
+
+def test_a_batch_cut_out_of_a_larger_one():
+    batch = Batch(Q_LENS, KV_LENS)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
+    start, _, _, end = batch.qo_indptr[1:5].tolist()
+    cut = {"qo_indptr": batch.qo_indptr[1:5] - start, "paged_kv_indptr": batch.kv_indptr[1:5]}
+    cut["paged_kv_last_page_len"] = batch.last_page_len[1:4]
+    sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim_qk": 64, "page_size": 16}
+    wrapper.plan(paged_kv_indices=batch.kv_indices, **cut, **sizes)
+    out, lse = batch.expected()
+    batch.assert_close(wrapper.run(batch.q[start:end], batch.pair, return_lse=True), (out[start:end], lse[start:end]))
+    with pytest.raises(ValueError, match="must hold indptr"):
+        wrapper.plan(paged_kv_indices=batch.kv_indices[:3], **cut, **sizes)

@@ -14,6 +14,7 @@ from .latent import plan_latent, required_scale, run_latent
 from .planned import LOG2_E, Logits, PlannedBatch
 from .tables import page_table as table_of_last_pages
 from .tables import page_table_of_lengths, row_indptr
+from .vendor_only import Refused, lookup
 from .wrapper import PlannedWrapper, fill_buffers
 
 __all__ = [
@@ -308,3 +309,8 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PlannedWrapper):
         )
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
+
+
+def __getattr__(name: str) -> Refused:
+    """Names of one vendor's libraries: there to be imported, and refusing when used."""
+    return lookup(name, __name__)

@@ -16,6 +16,7 @@ import torch
 from ...kernels.store_kv import store_kv
 from ...kernels.store_mla import store_mla
 from ...shapes import Shapes, check_int
+from ...spec import CACHE_DTYPES
 from .arguments import check_result_buffer
 from .layouts import PagedCache
 from .page_dense import append_dense, append_dense_mla, dense_batch_indices_positions, dense_seq_lens
@@ -30,6 +31,7 @@ from .page_slots import (
     lengths,
 )
 from .tables import page_table as csr_table
+from .vendor_only import Refused, lookup
 
 __all__ = [
     "append_paged_kv_cache",
@@ -209,7 +211,11 @@ def append_paged_mla_kv_cache(
         check_dtypes(latent_pages.dtype, f"{owner}_cache", **{f"{name}_cache": pages, f"append_{name}": new})
     table = csr_table(kv_indptr, kv_indices, kv_last_page_len, shapes["P"], latent_pages.device)
     slots = csr_slots(shapes, table, batch_indices, positions, f"{owner}_cache")
-    store_mla(latent, rope, latent_pages, rope_pages, slots)
+    if latent_pages.dtype in CACHE_DTYPES or rope is None or rope_pages is None:
+        store_mla(latent, rope, latent_pages, rope_pages, slots)
+    else:
+        # Numbers of 8 bits are moved as they are: one head, whose keys are latents and whose values are rope keys.
+        store_kv(latent[:, None], rope[:, None], latent_pages[:, :, None], rope_pages[:, :, None], slots)
 
 
 def block_sparse_indices_to_vector_sparse_offsets(
@@ -257,3 +263,8 @@ def block_sparse_indices_to_vector_sparse_offsets(
     at = to_starts[rows] + tokens
     vector_sparse_offsets[at.to(vector_sparse_offsets.device)] = offsets.to(vector_sparse_offsets.device)
     return vector_sparse_offsets
+
+
+def __getattr__(name: str) -> Refused:
+    """Names of one vendor's libraries: there to be imported, and refusing when used."""
+    return lookup(name, __name__)

@@ -14,6 +14,7 @@ from ...kernels.reference.rope import rotate
 from ...kernels.rope import apply_rope as turn
 from ...shapes import Shapes, check_device, check_floating, dtype_name
 from .arguments import check_result_buffer
+from .vendor_only import Refused, lookup
 
 __all__ = [
     "apply_llama31_rope",
@@ -397,3 +398,8 @@ def _check_parts(q_rope: torch.Tensor, k_rope: torch.Tensor, q_nope: torch.Tenso
         check_floating(name, part)
         check_device(name, part, q_rope.device, "q_rope")
     check_no_grad(**parts)
+
+
+def __getattr__(name: str) -> Refused:
+    """Names of one vendor's libraries: there to be imported, and refusing when used."""
+    return lookup(name, __name__)

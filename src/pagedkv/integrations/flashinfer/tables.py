@@ -28,8 +28,10 @@ def page_table(
     last_page_len = int32_indices("last_page_len", last_page_len, device)
     if indptr.dim() == last_page_len.dim() == 1 and indptr.shape[0] == last_page_len.shape[0] + 1:
         starts = indptr.cpu().numpy()
-        # What lies beyond is anything at all.
-        indices = indices[: max(0, int(starts[-1]))]
+        # What lies before and beyond is anything at all: a batch may be cut out of a larger one.
+        first = max(0, int(starts[0]))
+        indices = indices[first : max(first, int(starts[-1]))]
+        indptr = indptr - first if first else indptr
         empty = starts[1:] == starts[:-1]
         if empty.any():
             last_page_len = last_page_len.masked_fill(torch.from_numpy(empty).to(last_page_len.device), 0)
@@ -68,7 +70,7 @@ def page_table_of_lengths(
             f"kv_len_arr of sequence {row} must be between 0 and {int(held[row]) * page_size} (its pages), "
             f"got {int(lens[row])}."
         )
-    if (needed != held).any():
+    if starts[0] or (needed != held).any():
         if int(starts[-1]) > ids.shape[0]:
             raise ValueError(f"kv_indices must hold kv_indptr[-1] = {int(starts[-1])} entries, got {ids.shape[0]}.")
         ids = np.concatenate([ids[start : start + count] for start, count in zip(starts, needed, strict=False)])

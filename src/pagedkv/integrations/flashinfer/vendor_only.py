@@ -28,7 +28,7 @@ VENDOR_ONLY: dict[str, str] = {
     "nvfp4_quantize_append_paged_kv_cache": _FP4,
     "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": _FP4,
     "nvfp4_quantize_append_paged_mla_kv_cache": "Use append_paged_mla_kv_cache on a cache of 16 bits.",
-    "rope_quantize_fp8_append_paged_kv_cache": "Use rope_quantize_fp8, then append_paged_kv_cache with its results.",
+    "rope_quantize_fp8_append_paged_kv_cache": "Use rope.rope_quantize_fp8, then append its results.",
     "trtllm_batch_context_with_kv_cache": _PREFILL,
     "trtllm_batch_decode_with_kv_cache": _DECODE,
     "trtllm_batch_decode_with_kv_cache_mla": _MLA,
