@@ -52,7 +52,7 @@ class Shapes:
         """Checks `tensor` against space-separated symbols or numbers; raises TypeError or ValueError, naming `name`."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():
             raise ValueError(f"{name} must hold its values as they are, got a negated view. Pass {name}.resolve_neg().")
         symbols = pattern.split()
         if tensor.dim() != len(symbols):

@@ -118,7 +118,10 @@ def _checked_mask(
         )
     if custom_mask is None:
         mask = _unpacked(mask, held.tolist(), sizes.tolist())
-    return mask.contiguous(), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    else:
+        # A copy, as of the other arrays: callers reuse theirs.
+        mask = mask.clone(memory_format=torch.contiguous_format)
+    return mask, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
 def _unpacked(packed_mask: torch.Tensor, num_bytes: list[int], num_bits: list[int]) -> torch.Tensor:

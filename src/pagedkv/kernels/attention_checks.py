@@ -35,13 +35,12 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must hold its values as they are, got a negated view.")
 
 
-def check_no_overlap(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    """Refuses a contiguous result that lies in the address range of an input; conservative for strided inputs."""
-    start = out.data_ptr()
-    end = start + out.numel() * out.element_size()
+def check_no_overlap(result: str, out: torch.Tensor, /, **inputs: torch.Tensor | None) -> None:
+    """Refuses a result of that name in the address range of an input; conservative for strided tensors."""
+    start, end = out.data_ptr(), _end(out)
     for name, tensor in inputs.items():
         if tensor is not None and tensor.data_ptr() < end and start < _end(tensor) and start < end:
-            raise ValueError(f"out must not overlap {name}, got memory that both use. Pass a tensor of its own.")
+            raise ValueError(f"{result} must not overlap {name}, got memory that both use. Pass a tensor of its own.")
 
 
 def _end(tensor: torch.Tensor) -> int:

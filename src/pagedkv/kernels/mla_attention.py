@@ -85,7 +85,7 @@ def _mla_attention(
         out = q_latent.new_empty(q_latent.shape)
     else:
         _check_out(out, q_latent)
-        check_no_overlap(out, q_latent=q_latent, q_rope=q_rope, latent_pages=latent_pages, rope_pages=rope_pages)
+        check_no_overlap("out", out, q_latent=q_latent, q_rope=q_rope, latent_pages=latent_pages, rope_pages=rope_pages)
     lse = q_latent.new_empty(q_latent.shape[:2], dtype=torch.float32) if return_lse else None
     call = OpCall(
         "mla_attention",

@@ -91,7 +91,7 @@ def _paged_attention(
         out = torch.empty(plan.num_tokens, plan.num_q_heads, plan.value_dim, dtype=out_dtype, device=query.device)
     else:
         _check_out(out, query, plan, out_dtype)
-        check_no_overlap(out, query=query, key_pages=key_pages, value_pages=value_pages, **request.tensors())
+        check_no_overlap("out", out, query=query, key_pages=key_pages, value_pages=value_pages, **request.tensors())
     lse = query.new_empty((plan.num_tokens, plan.num_q_heads), dtype=torch.float32) if return_lse else None
     features = options.features()
     if plan.custom_mask is not None:

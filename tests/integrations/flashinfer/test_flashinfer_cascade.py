@@ -281,3 +281,19 @@ def test_what_a_shared_prefix_refuses():
     decode.begin_forward(*(arrays[1] for arrays in levels.arrays[1:]), HEADS, KV_HEADS, DIM, 5, data_type="bfloat16")
     with pytest.raises(ValueError, match="keys and values must have dtype bfloat16"):
         decode.forward(levels.q[:5], k, v, levels.pages)
+
+
+def test_no_buffer_is_written_by_a_plan_that_fails():
+    def i32(*numbers):
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    buffers = [[torch.full((n,), 99, dtype=torch.int32) for n in sizes] for sizes in ((2, 3), (2, 3), (8, 8), (1, 2))]
+    wrapper = MultiLevelCascadeAttentionWrapper(2, None, "NHD", True, *buffers)
+    rows, pages, ids = [i32(0, 2), i32(0, 1, 2)], [i32(0, 1), i32(0, 1, 2)], [i32(0), i32(1, 2)]
+    for last, words in ((i32(4, 77), "last_page_len of sequence 1"), (i32(4), "indptr must have shape")):
+        with pytest.raises(ValueError, match=words):
+            wrapper.plan(rows, pages, ids, [i32(4), last], 4, 2, 64, 4)
+    assert all(bool((buffer == 99).all()) for level in buffers for buffer in level)
+    wrapper.plan(rows, pages, ids, [i32(4), i32(4, 2)], 4, 2, 64, 4)
+    assert [buffer.tolist() for buffer in buffers[3]] == [[4], [4, 2]]
+    assert wrapper.is_cuda_graph_enabled

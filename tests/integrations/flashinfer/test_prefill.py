@@ -325,6 +325,10 @@ def test_one_sequence_with_a_mask_or_scales_a_head():
     expected, _ = attend(q * scale_q[:, None], k * scale_k[:, None], v * scale_v[:, None])
     assert out.dtype == torch.bfloat16
     assert_near(out, expected, torch.bfloat16)
+    out = single_prefill_with_kv_cache(q, k, v, scale_k=scale_k, k_scale=3.0, scale_v=scale_v, v_scale=0.5)
+    assert_near(out, attend(q, k * scale_k[:, None] * 3, v * scale_v[:, None] / 2)[0], torch.float32)
+    with pytest.raises(ValueError, match="v must have the rows and heads of k"):
+        single_prefill_with_kv_cache(q, k[:0], v)
     with pytest.raises(ValueError, match="scale must have 1 or 4 elements"):
         single_prefill_with_kv_cache(q, k, v, torch.rand(3))
 
@@ -401,3 +405,84 @@ def test_a_batch_cut_out_of_a_larger_one():
     batch.assert_close(wrapper.run(batch.q[start:end], batch.pair, return_lse=True), (out[start:end], lse[start:end]))
     with pytest.raises(ValueError, match="must hold indptr"):
         wrapper.plan(paged_kv_indices=batch.kv_indices[:3], **cut, **sizes)
+
+
+def test_what_callers_do_with_their_tensors_after_a_plan_changes_nothing():
+    batch = Batch(Q_LENS, KV_LENS)
+    mask = torch.cat([mask.flatten() for mask in batch.random_masks()])
+    wrapper = planned(batch, custom_mask=mask)
+    expected = wrapper.run(batch.q, batch.pair)
+    for tensor in (mask, batch.qo_indptr, *batch.table):
+        tensor.zero_()
+    assert torch.equal(wrapper.run(batch.q, batch.pair), expected)
+
+
+def test_a_mask_to_be_added_is_refused():
+    batch = Batch(Q_LENS, KV_LENS)
+    mask = torch.cat([mask.flatten() for mask in batch.random_masks()])
+    with pytest.raises(ValueError, match="custom_mask must have dtype bool or uint8, got float32"):
+        planned(batch, custom_mask=mask.float())
+    as_bytes = planned(batch, custom_mask=mask.to(torch.uint8)).run(batch.q, batch.pair)
+    assert torch.equal(as_bytes, planned(batch, custom_mask=mask).run(batch.q, batch.pair))
+
+
+@pytest.mark.parametrize("name", ["sm_scale", "logits_soft_cap"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        planned(Batch(Q_LENS, KV_LENS), **{name: value})
+
+
+def test_results_lie_in_memory_of_their_own():
+    batch = Batch(Q_LENS, KV_LENS)
+    wrapper = planned(batch)
+    flat, num = batch.key_pages.view(-1), batch.q.numel()
+    before = flat.clone()
+    for given in (
+        {"out": flat[: 2 * num].view(16, 4, 64, 2)[..., 0]},
+        {"out": flat[:num].view(16, 4, 64), "k_scale": torch.tensor([1.0, 2.0])},
+    ):
+        with pytest.raises(ValueError, match="out must not overlap keys"):
+            wrapper.run(batch.q, batch.pair, **given)
+    with pytest.raises(ValueError, match="lse must not overlap values"):
+        wrapper.run(batch.q, batch.pair, lse=batch.value_pages.view(-1)[:128].view(torch.float32).view(16, 4))
+    out = torch.zeros(16, 4, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="lse must not overlap out"):
+        wrapper.run(batch.q, batch.pair, out=out, lse=out.view(-1)[:128].view(torch.float32).view(16, 4))
+    with pytest.raises(ValueError, match="lse must not be expanded"):
+        wrapper.run(batch.q, batch.pair, out=out, lse=torch.zeros(1, 4).expand(16, 4))
+    assert torch.equal(flat.view(torch.int16), before.view(torch.int16))
+    assert not out.any()
+
+
+def test_natural_sums_by_head():
+    batch = Batch(Q_LENS, KV_LENS)
+    wrapper = planned(batch)
+    _, lse = batch.expected()
+    buffer = torch.full((16, 4), float("nan"))
+    wrapper.run(batch.q, batch.pair, lse=buffer, lse_base="ln")
+    torch.testing.assert_close(buffer.double(), lse * np.log(2), **LSE_TOLERANCES)
+    _, by_head = wrapper.run(batch.q, batch.pair, return_lse=True, lse_layout="HN")
+    torch.testing.assert_close(by_head.T.double(), lse, **LSE_TOLERANCES)
+    with pytest.raises(ValueError, match="lse_base must be log2 or ln"):
+        wrapper.run(batch.q, batch.pair, lse_base="log10")
+
+
+@pytest.mark.parametrize("kv_lens", [[2, 4], [5, 2]])
+def test_packed_keys_by_head(kv_lens):
+    batch = Batch([2, 1], kv_lens)
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(WORKSPACE, "HND")
+    wrapper.plan(batch.qo_indptr, torch.tensor([0, *kv_lens]).cumsum(0), 4, 2, 64, causal=True)
+    cache = [torch.cat(xs).transpose(0, 1).contiguous() for xs in (batch.keys, batch.values)]
+    batch.assert_close(wrapper.run(batch.q, *cache, return_lse=True), batch.expected(causal=True))
+    with pytest.raises(ValueError, match=r"k must have shape \[Hk = 2, kv_indptr\[-1\]"):
+        wrapper.run(batch.q, *(x.transpose(0, 1)[:, :, None][:, :1, 0] for x in cache))
+
+
+def test_an_option_by_position_and_by_name():
+    batch = Batch(Q_LENS, KV_LENS)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
+    wrapper.plan(batch.qo_indptr, *batch.table, 4, 2, 64, 16, q_data_type=FLOAT8, o_data_type=torch.float32)
+    q, *pages = (x.to(FLOAT8) for x in (batch.q, *batch.pair))
+    with pytest.raises(TypeError, match="multiple values for argument 'k_scale'"):
+        wrapper.run(q, tuple(pages), 1.0, 2.0, 3.0, k_scale=2.0)

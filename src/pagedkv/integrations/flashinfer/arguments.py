@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.attention_checks import check_no_overlap
+from ...kernels.pages import check_no_grad, check_writable
 from ...shapes import dtype_name
 
 __all__ = [
@@ -87,15 +89,29 @@ def as_scalar(name: str, value: float | torch.Tensor | None) -> float:
 
 
 def check_result_buffer(
-    name: str, buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str,
+    buffer: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    **inputs: torch.Tensor | None,
 ) -> None:
-    """What is written in place must be what would have been made: ValueError, as FlashInfer raises it."""
+    """What is written in place must be what would have been made, and lie in memory of its own.
+
+    inputs: tensors that it must not overlap, by name.
+    Raises: ValueError, as FlashInfer raises it.
+    """
     if tuple(buffer.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(buffer.shape)}.")
     if buffer.dtype != dtype:
         raise ValueError(f"{name} must have dtype {dtype_name(dtype)}, got {dtype_name(buffer.dtype)}.")
     if buffer.device != device:
         raise ValueError(f"{name} must be on {device}, got {buffer.device}.")
+    check_writable(name, buffer)
+    if torch.is_grad_enabled():
+        check_no_grad(**{name: buffer})
+    if not torch.compiler.is_compiling():
+        check_no_overlap(name, buffer, **inputs)
 
 
 def refuse(**given: object) -> None:

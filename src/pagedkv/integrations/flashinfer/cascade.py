@@ -16,7 +16,7 @@ from .planned import FLOAT8_DTYPES, Logits, plan_batch
 from .single import attend_single
 from .states import merge_state, merge_state_in_place, merge_states
 from .tables import page_table, row_indptr
-from .wrapper import PlannedWrapper
+from .wrapper import PlannedWrapper, fill_buffers
 
 __all__ = [
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
@@ -132,6 +132,9 @@ class MultiLevelCascadeAttentionWrapper:
         if len(set(num_rows)) > 1:
             raise ValueError(f"qo_indptr_arr must end with the same number of rows at every level, got {num_rows}.")
         levels = [copy.copy(level) for level in self._levels]
+        # No buffer of graph mode is written before every level is planned and fits its own.
+        for level in levels:
+            level._use_cuda_graph = False
         for number, level in enumerate(levels):
             level.plan(
                 qo_indptr_arr[number],
@@ -154,6 +157,12 @@ class MultiLevelCascadeAttentionWrapper:
                 kv_data_type=kv_data_type,
                 o_data_type=torch.float32,
             )
+        for check_only in (True, False) if self._use_cuda_graph else ():
+            for level, *given in zip(levels, *arrays.values(), strict=True):
+                named = dict(zip(level._buffers, given, strict=True))
+                fill_buffers(level._buffers, named, "paged_kv_indices", check_only=check_only)
+        for level in levels:
+            level._use_cuda_graph = self._use_cuda_graph
         self._levels = levels
 
     begin_forward = plan

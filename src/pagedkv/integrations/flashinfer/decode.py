@@ -219,13 +219,15 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedWrapper):
         check_window(window_left, batch)
         if q_len_per_req is not None and q_len_per_req != self._q_len_per_req:
             raise ValueError(f"q_len_per_req must be {self._q_len_per_req} (set by plan), got {q_len_per_req}.")
-        extra = extra_arguments(args, self._is_sink_variant, q)
+        options = extra_arguments(
+            args, self._is_sink_variant, q, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, sinks=sinks
+        )
         key_pages, value_pages = unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
         return batch.run(
             q,
             key_pages,
             value_pages,
-            **{"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "sinks": sinks, **extra},
+            **options,
             out=out,
             lse=lse,
             return_lse=return_lse,

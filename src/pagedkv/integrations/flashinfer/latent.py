@@ -85,11 +85,12 @@ def run_latent(
             float32, the natural one times lse_unit. names are what errors call the four tensors.
     Raises: ValueError, TypeError for a dtype other than the plan's and for shapes, before anything is written.
     """
-    _check_tensors(batch, dict(zip(names, (q_nope, q_pe, ckv_cache, kpe_cache), strict=True)))
+    tensors = dict(zip(names, (q_nope, q_pe, ckv_cache, kpe_cache), strict=True))
+    _check_tensors(batch, tensors)
     if out is not None:
-        check_result_buffer("out", out, tuple(q_nope.shape), batch.q_dtype, q_nope.device)
+        check_result_buffer("out", out, tuple(q_nope.shape), batch.q_dtype, q_nope.device, **tensors)
     if lse is not None:
-        check_result_buffer("lse", lse, tuple(q_nope.shape[:2]), torch.float32, q_nope.device)
+        check_result_buffer("lse", lse, tuple(q_nope.shape[:2]), torch.float32, q_nope.device, **tensors, out=out)
     if out_scale != 1.0:
         # The output is scaled in float32, so that nothing is rounded twice.
         q_nope, q_pe = q_nope.float(), None if q_pe is None else q_pe.float()

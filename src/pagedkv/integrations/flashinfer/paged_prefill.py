@@ -166,20 +166,26 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         refuse(kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
         batch = self.batch
         check_window(window_left, batch)
-        extra = extra_arguments(args, self._is_sink_variant, q)
+        _check_lse_form(lse_base, lse_layout)
+        named = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "sinks": sinks}
+        options = extra_arguments(args, self._is_sink_variant, q, **named)
         key_pages, value_pages = unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
         result = batch.run(
             q,
             key_pages,
             value_pages,
-            **{"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "sinks": sinks, **extra},
+            **options,
             out=out,
             lse=lse,
-            return_lse=return_lse,
+            return_lse=return_lse or lse is not None,
         )
-        if (lse_base, lse_layout) == ("log2", "NH") or not isinstance(result, tuple):
+        if not isinstance(result, tuple):
             return result
-        return result[0], _as_lse(result[1], lse_base, lse_layout)
+        # In place: the buffer, where one was given, holds it in this base too.
+        sums = result[1].div_(LOG2_E) if lse_base == "ln" else result[1]
+        if not return_lse:
+            return result[0]
+        return result[0], sums.T if lse_layout == "HN" else sums
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
@@ -214,8 +220,6 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 
 
-def _as_lse(lse: torch.Tensor, base: str, layout: str) -> torch.Tensor:
+def _check_lse_form(base: str, layout: str) -> None:
     if base not in ("log2", "ln") or layout not in ("NH", "HN"):
         raise ValueError(f"lse_base must be log2 or ln and lse_layout NH or HN, got {base!r} and {layout!r}.")
-    lse = lse.div_(LOG2_E) if base == "ln" else lse
-    return lse.T if layout == "HN" else lse

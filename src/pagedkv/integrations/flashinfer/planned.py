@@ -41,6 +41,10 @@ class Logits:
 
     def __post_init__(self) -> None:
         check_pos_encoding_mode(self.pos_encoding_mode)
+        for name in ("sm_scale", "logits_soft_cap"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}.")
 
     @property
     def soft_cap(self) -> float:
@@ -110,9 +114,11 @@ class PlannedBatch:
             raise ValueError(f"q must have {plan.num_tokens} rows (qo_indptr[-1] of plan), got {q.shape[0]}.")
         result_shape = (plan.num_tokens, plan.num_q_heads, plan.value_dim)
         if out is not None:
-            check_result_buffer("out", out, result_shape, self.out_dtype, q.device)
+            inputs = {"q": q, "keys": key_pages, "values": value_pages}
+            check_result_buffer("out", out, result_shape, self.out_dtype, q.device, **inputs)
         if lse is not None:
-            check_result_buffer("lse", lse, result_shape[:2], torch.float32, q.device)
+            inputs = {"q": q, "keys": key_pages, "values": value_pages}
+            check_result_buffer("lse", lse, result_shape[:2], torch.float32, q.device, **inputs, out=out)
         if is_by_head(q_scale, k_scale, v_scale):
             scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
             options = {"layout": layout, "sm_scale": sm_scale, "sinks": sinks, "lse": lse, "return_lse": return_lse}
@@ -257,7 +263,12 @@ def _window(window_left: int) -> int:
 
 
 def _flat_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if mask is None else mask.to(device=device, dtype=torch.bool).flatten()
+    if mask is None:
+        return None
+    if mask.dtype not in (torch.bool, torch.uint8):
+        # A mask to be added would come out inverted.
+        raise ValueError(f"custom_mask must have dtype bool or uint8, got {dtype_name(mask.dtype)}.")
+    return mask.to(device=device, dtype=torch.bool).flatten()
 
 
 def _rounded(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from .arguments import check_backend, refuse
+from .head_scales import Scale
 from .paged_prefill import BatchPrefillWithPagedKVCacheWrapper
 from .planned import Logits
 from .ragged_prefill import BatchPrefillWithRaggedKVCacheWrapper
@@ -71,14 +72,21 @@ def single_prefill_with_kv_cache(
         custom_mask=custom_mask,
         packed_custom_mask=packed_custom_mask,
         q_scale=scale_q,
-        k_scale=scale_k if k_scale is None else k_scale,
-        v_scale=scale_v if v_scale is None else v_scale,
+        k_scale=_product(scale_k, k_scale),
+        v_scale=_product(scale_v, v_scale),
         o_dtype=o_dtype,
         return_lse=return_lse,
     )
 
 
 single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
+
+
+def _product(by_head: torch.Tensor | None, scale: float | None) -> Scale:
+    """Both apply; None is 1."""
+    if by_head is None or scale is None:
+        return scale if by_head is None else by_head
+    return by_head * scale
 
 
 def __getattr__(name: str) -> Refused:

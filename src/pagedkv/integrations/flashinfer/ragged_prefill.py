@@ -137,20 +137,20 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
     ) -> _Result:
         """Attention of one layer.
 
-        Shapes: q [qo_indptr[-1], Hq, D]; k [kv_indptr[-1], Hk, D], v [kv_indptr[-1], Hk, Dv]; out [T, Hq, Dv]; lse
-                [T, Hq] float32, base 2. v_scale * o_scale multiply the output.
+        Shapes: q [qo_indptr[-1], Hq, D]; k [L, Hk, D], v [L, Hk, Dv] with L = kv_indptr[-1] ("HND": [Hk, L, D]); out
+                [T, Hq, Dv]; lse [T, Hq] float32, base 2. v_scale * o_scale multiply the output.
         Raises: ValueError for dtypes other than the plan's and for shapes.
         """
         refuse(kv_cache_sf=kv_cache_sf)
         batch = self.batch
-        extra = extra_arguments(args, self._is_sink_variant, q)
+        options = extra_arguments(args, self._is_sink_variant, q, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
         if o_scale is not None:
-            v_scale = as_scalar("v_scale", v_scale) * as_scalar("o_scale", o_scale)
+            factor, values = as_scalar("o_scale", o_scale), options.get("v_scale")
+            options["v_scale"] = factor if values is None else values * factor
         return batch.run(
             q,
-            ragged_pages("k", k, batch.plan),
-            ragged_pages("v", v, batch.plan),
-            **{"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, **extra},
+            *(ragged_pages(name, packed, batch.plan, self._kv_layout) for name, packed in (("k", k), ("v", v))),
+            **options,
             layout="NHD",
             out=out,
             lse=lse,

@@ -35,6 +35,8 @@ def attend_single(
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have 3 dims, got shape {list(tensor.shape)}.")
     length, heads = (k.shape[0], k.shape[1]) if kv_layout == "NHD" else (k.shape[1], k.shape[0])
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v must have the rows and heads of k, {list(k.shape[:2])}, got {list(v.shape[:2])}.")
     table = PageTable(*_one_page(length, q.device), page_size=max(length, 1))
     if o_dtype is None:
         o_dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype

@@ -55,7 +55,7 @@ def page_table_of_lengths(
         raise ValueError(f"page_size must be at least 1, got {page_size}.")
     device = indices.device if device is None else device
     starts = int32_indices("kv_indptr", indptr).cpu().numpy().astype(np.int64)
-    ids = int32_indices("kv_indices", indices).cpu().numpy()
+    ids = indices.cpu().numpy()
     lens = int32_indices("kv_len_arr", kv_lens).cpu().numpy().astype(np.int64)
     if starts.ndim != 1 or lens.ndim != 1 or starts.shape[0] != lens.shape[0] + 1:
         raise ValueError(
@@ -70,14 +70,18 @@ def page_table_of_lengths(
             f"kv_len_arr of sequence {row} must be between 0 and {int(held[row]) * page_size} (its pages), "
             f"got {int(lens[row])}."
         )
-    if starts[0] or (needed != held).any():
-        if int(starts[-1]) > ids.shape[0]:
-            raise ValueError(f"kv_indices must hold kv_indptr[-1] = {int(starts[-1])} entries, got {ids.shape[0]}.")
+    if int(starts[-1]) > ids.shape[0]:
+        raise ValueError(f"kv_indices must hold kv_indptr[-1] = {int(starts[-1])} entries, got {ids.shape[0]}.")
+    if not starts[0] and (needed == held).all():
+        ids = ids[: int(starts[-1])]
+    else:
         ids = np.concatenate([ids[start : start + count] for start, count in zip(starts, needed, strict=False)])
         starts = np.concatenate([[0], needed.cumsum()])
     last = np.where(needed > 0, lens - (needed - 1) * page_size, 0)
-    arrays = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (starts, ids, last))
-    return PageTable(*arrays, page_size=page_size)
+    # Ids that no sequence uses may be anything.
+    used = int32_indices("kv_indices", torch.from_numpy(ids))
+    starts32, last32 = (torch.from_numpy(array.astype(np.int32)) for array in (starts, last))
+    return PageTable(*(array.to(device) for array in (starts32, used, last32)), page_size=page_size)
 
 
 def ragged_table(kv_indptr: torch.Tensor, device: torch.device | None = None) -> PageTable:
@@ -95,16 +99,19 @@ def ragged_table(kv_indptr: torch.Tensor, device: torch.device | None = None) ->
     return PageTable(*(torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays), page_size=page_size)
 
 
-def ragged_pages(name: str, packed: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """A packed [L, Hk, D] as the pages [N, P, Hk, D] of a plan made with `ragged_table`, without a copy.
+def ragged_pages(name: str, packed: torch.Tensor, plan: AttentionPlan, kv_layout: str) -> torch.Tensor:
+    """A packed [L, Hk, D] ("HND": [Hk, L, D]) as the pages [N, P, Hk, D] of a plan of `ragged_table`, without a copy.
 
-    Raises: ValueError for another number of dims, or fewer rows than kv_indptr[-1].
+    Raises: ValueError for another number of dims, other heads, or fewer rows than kv_indptr[-1].
     """
     num_pages, page_size = plan.page_indices.shape[0], plan.page_size
     num_rows = num_pages * page_size
-    if packed.dim() != 3 or packed.shape[0] < num_rows:
-        raise ValueError(f"{name} must have shape [kv_indptr[-1] = {num_rows}, Hk, D], got {list(packed.shape)}.")
-    return packed[:num_rows].view(num_pages, page_size, *packed.shape[1:])
+    by_row = packed.transpose(0, 1) if kv_layout == "HND" and packed.dim() == 3 else packed
+    if by_row.dim() != 3 or by_row.shape[0] < num_rows or by_row.shape[1] != plan.num_kv_heads:
+        rows, heads = f"kv_indptr[-1] = {num_rows}", f"Hk = {plan.num_kv_heads}"
+        shape = f"[{rows}, {heads}, D]" if kv_layout == "NHD" else f"[{heads}, {rows}, D]"
+        raise ValueError(f"{name} must have shape {shape} in layout {kv_layout}, got {list(packed.shape)}.")
+    return by_row[:num_rows].view(num_pages, page_size, *by_row.shape[1:])
 
 
 def row_indptr(num_seqs: int, rows_a_seq: int, device: torch.device) -> torch.Tensor:

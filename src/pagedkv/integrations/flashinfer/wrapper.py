@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.pages import check_writable
 from .arguments import check_workspace, int32_indices
 from .layouts import check_kv_layout
 from .planned import FLOAT8_DTYPES, PlannedBatch
@@ -88,7 +89,11 @@ def check_planned(batch: PlannedBatch | None) -> PlannedBatch:
 
 
 def fill_buffers(
-    buffers: dict[str, torch.Tensor | None], given: dict[str, torch.Tensor], may_be_shorter: str = ""
+    buffers: dict[str, torch.Tensor | None],
+    given: dict[str, torch.Tensor],
+    may_be_shorter: str = "",
+    *,
+    check_only: bool = False,
 ) -> None:
     """Copies the arrays of a plan to the front of the buffers of graph mode.
 
@@ -101,7 +106,8 @@ def fill_buffers(
         if num > room or (num != room and name != may_be_shorter):
             rule = "at most" if name == may_be_shorter else "exactly"
             raise ValueError(f"{name} must have {rule} the {room} entries of its buffer in CUDA graph mode, got {num}.")
-    for _, buffer, source in filled:
+        check_writable(f"the buffer of {name}", buffer)
+    for _, buffer, source in [] if check_only else filled:
         buffer[: source.numel()].copy_(source)
 
 
@@ -135,22 +141,29 @@ def takes_sinks(jit_args: list[object] | None) -> bool:
     )
 
 
-def extra_arguments(args: tuple[Any, ...], is_sink_variant: bool, q: torch.Tensor) -> dict[str, Any]:
-    """Options of `PlannedBatch.run` from what follows the caches by position.
+def extra_arguments(args: tuple[Any, ...], is_sink_variant: bool, q: torch.Tensor, **named: object) -> dict[str, Any]:
+    """Options of `PlannedBatch.run` from what follows the caches by position, and those given by name.
 
     Rule:   of the sink variant the sinks and sm_scale; of queries of 8 bits the scales of q, k and v; else nothing.
-    Raises: TypeError for anything else.
+    Raises: TypeError for anything else, and for an option that is given both ways.
     """
     if not args:
-        return {}
+        return named
     if is_sink_variant:
         if len(args) == 2 and isinstance(args[0], torch.Tensor):
-            return {"sinks": args[0], "sm_scale": float(args[1])}
+            return _once({"sinks": args[0], "sm_scale": float(args[1])}, named)
         expected = "a sink tensor and sm_scale"
     elif q.dtype in FLOAT8_DTYPES:
         if len(args) == 3:
-            return dict(zip(("q_scale", "k_scale", "v_scale"), args, strict=True))
+            return _once(dict(zip(("q_scale", "k_scale", "v_scale"), args, strict=True)), named)
         expected = "the scales of q, k and v"
     else:
         expected = "nothing"
     raise TypeError(f"run must have {expected} by position after the caches, got {len(args)} arguments.")
+
+
+def _once(by_position: dict[str, Any], named: dict[str, object]) -> dict[str, Any]:
+    for name in by_position:
+        if named.get(name) is not None:
+            raise TypeError(f"run() got multiple values for argument {name!r}.")
+    return {**named, **by_position}
