@@ -38,25 +38,25 @@ def test_results_must_be_flat():
 def test_neighbours_in_one_buffer_do_not_overlap():
     buffer = torch.zeros(30)
     inputs = {"before": buffer[:10].view(2, 5), "after": buffer[20:].view(5, 2).T, "missing": None}
-    check_no_overlap(buffer[10:20], **inputs)
+    check_no_overlap("out", buffer[10:20], **inputs)
 
 
 @pytest.mark.parametrize("first, last", [(19, 30), (0, 11), (0, 30), (12, 13), (10, 20)])
 def test_one_shared_element_is_an_overlap(first, last):
     buffer = torch.zeros(30)
     with pytest.raises(ValueError, match="out must not overlap query, got memory that both use"):
-        check_no_overlap(buffer[10:20], query=buffer[first:last])
+        check_no_overlap("out", buffer[10:20], query=buffer[first:last])
 
 
 def test_the_range_of_a_strided_input_counts_and_its_end_is_exact():
     buffer = torch.zeros(4, 10)
     columns = buffer[:3, :4]  # ends 4 elements into row 2
-    check_no_overlap(buffer.flatten()[24:], columns=columns)
+    check_no_overlap("out", buffer.flatten()[24:], columns=columns)
     with pytest.raises(ValueError, match="out must not overlap columns"):
-        check_no_overlap(buffer.flatten()[23:], columns=columns)
+        check_no_overlap("out", buffer.flatten()[23:], columns=columns)
 
 
 def test_what_holds_no_element_overlaps_nothing():
     buffer = torch.zeros(10)
-    check_no_overlap(buffer[5:5], query=buffer)
-    check_no_overlap(buffer, query=buffer[5:5])
+    check_no_overlap("out", buffer[5:5], query=buffer)
+    check_no_overlap("out", buffer, query=buffer[5:5])
