@@ -248,7 +248,8 @@ def test_lengths_and_a_matrix_of_pages_take_the_place_of_the_planned_ones(index_
     batch = LatentBatch([1, 1, 1, 1], [17, 0, 40, 16], index_dtype=index_dtype)
     wrapper = BatchMLAPagedAttentionWrapper(WORKSPACE, use_cuda_graph=True, backend="cutlass")
     with pytest.raises(RuntimeError, match="plan must be called before run"):
-        wrapper.run(*batch.tensors, kv_len=batch.kv_len_arr, page_table=torch.zeros(4, 3, dtype=torch.int32))
+        wrapper.run(*batch.tensors)
+    unplanned = BatchMLAPagedAttentionWrapper(WORKSPACE, backend="cutlass")
     planned.plan(wrapper)
     planned.assert_close(wrapper.run(*planned.tensors, return_lse=True), planned.expected())
     matrix = torch.full((4, 5), 1 << 20, dtype=index_dtype)
@@ -256,6 +257,9 @@ def test_lengths_and_a_matrix_of_pages_take_the_place_of_the_planned_ones(index_
         matrix[row, : stop - start] = batch.kv_indices[start:stop]
     result = wrapper.run(*batch.tensors, kv_len=batch.kv_len_arr, page_table=matrix, return_lse=True)
     batch.assert_close(result, batch.expected())
+    of_deepseek = (128 + batch.rope_dim) ** -0.5
+    result_without_plan = unplanned.run(*batch.tensors, kv_len=batch.kv_len_arr, page_table=matrix, return_lse=True)
+    batch.assert_close(result_without_plan, batch.expected(sm_scale=of_deepseek))
     # Columns of a wider matrix.
     view = torch.cat([matrix, matrix], 1)[:, :5]
     assert torch.equal(wrapper.run(*batch.tensors, kv_len=batch.kv_len_arr, page_table=view), result[0])

@@ -49,6 +49,10 @@ nope_mla_dimensions = MLAHeadDimensions(qk_nope_head_dim=256, qk_rope_head_dim=0
 supported_mla_head_dimensions = [deepseek_mla_dimensions, smaller_mla_dimensions, nope_mla_dimensions]
 
 
+# Width of a head before compression, without its rope key, where nothing tells of another.
+_NOPE_DIM = deepseek_mla_dimensions.qk_nope_head_dim
+
+
 class BatchMLAPagedAttentionWrapper(PlannedWrapper):
     """Latent attention over paged latents and rope keys of any widths: `plan` once a step, `run` once a layer.
 
@@ -151,13 +155,14 @@ class BatchMLAPagedAttentionWrapper(PlannedWrapper):
         Rule:   logit = sm_scale * (q_nope . ckv + q_pe . kpe); o_scale multiplies the output. profiler_buffer has no
                 effect.
         Owns:   writes out and lse where given, else new tensors.
-        Raises: ValueError for dtypes and rows other than the plan's and for shapes; RuntimeError without a plan;
-                NotImplementedError for ckv_scale, ckv_scale_arr and kpe_scale.
+        Raises: ValueError for dtypes and rows other than the plan's and for shapes; RuntimeError without a plan or a
+                matrix; NotImplementedError for ckv_scale, ckv_scale_arr and kpe_scale.
         """
         refuse(ckv_scale=ckv_scale, ckv_scale_arr=ckv_scale_arr, kpe_scale=kpe_scale)
-        batch = self.batch
-        if kv_len is not None or page_table is not None:
-            batch = self._batch_of_matrix(kv_len, page_table)
+        if kv_len is None and page_table is None:
+            batch = self.batch
+        else:
+            batch = self._batch_of_matrix(kv_len, page_table, q_nope, ckv_cache, kpe_cache)
         return run_latent(
             batch,
             q_nope,
@@ -171,8 +176,15 @@ class BatchMLAPagedAttentionWrapper(PlannedWrapper):
             lse_unit=1.0 if return_lse_base_on_e else LOG2_E,
         )
 
-    def _batch_of_matrix(self, kv_len: torch.Tensor | None, page_table: torch.Tensor | None) -> PlannedBatch:
-        """The plan's heads, widths, scale and dtypes with other pages."""
+    def _batch_of_matrix(
+        self,
+        kv_len: torch.Tensor | None,
+        page_table: torch.Tensor | None,
+        q_nope: torch.Tensor,
+        ckv_cache: torch.Tensor,
+        kpe_cache: torch.Tensor | None,
+    ) -> PlannedBatch:
+        """One row a sequence over other pages, with the plan's scale; without a plan, with that of DeepSeek's heads."""
         if not self._takes_matrix:
             raise ValueError("kv_len and page_table must be given with backend='cutlass' only, got another back end.")
         if kv_len is None or page_table is None:
@@ -181,18 +193,20 @@ class BatchMLAPagedAttentionWrapper(PlannedWrapper):
         shapes = Shapes()
         shapes.check("kv_len", kv_len, "B")
         shapes.check("page_table", page_table, "B M")
-        planned = self.batch
-        plan, device = planned.plan, planned.plan.query_indptr.device
+        shapes.check("q_nope", q_nope, "B H C")
+        shapes.check("ckv_cache", ckv_cache, "N P C")
+        rope_dim = 0 if kpe_cache is None else kpe_cache.shape[-1]
+        before = self._batch
         starts = torch.arange(shapes["B"] + 1) * shapes["M"]
         return plan_latent(
-            row_indptr(shapes["B"], 1, device),
-            page_table_of_lengths(starts, page_table.flatten(), kv_len, plan.page_size, device),
-            plan.num_q_heads,
-            plan.value_dim,
-            plan.head_dim - plan.value_dim,
-            logits=planned.logits,
-            q_data_type=planned.q_dtype,
-            kv_data_type=planned.kv_dtype,
+            row_indptr(shapes["B"], 1, q_nope.device),
+            page_table_of_lengths(starts, page_table.flatten(), kv_len, shapes["P"], q_nope.device),
+            shapes["H"],
+            shapes["C"],
+            rope_dim,
+            logits=Logits(sm_scale=(_NOPE_DIM + rope_dim) ** -0.5) if before is None else before.logits,
+            q_data_type=q_nope.dtype if before is None else before.q_dtype,
+            kv_data_type=ckv_cache.dtype if before is None else before.kv_dtype,
         )
 
 
