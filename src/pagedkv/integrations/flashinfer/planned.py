@@ -41,8 +41,7 @@ class Logits:
 
     def __post_init__(self) -> None:
         check_pos_encoding_mode(self.pos_encoding_mode)
-        for name in ("sm_scale", "logits_soft_cap"):
-            value = getattr(self, name)
+        for name, value in (("sm_scale", self.sm_scale), ("logits_soft_cap", self.logits_soft_cap)):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}.")
 

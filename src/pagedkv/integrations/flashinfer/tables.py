@@ -30,8 +30,9 @@ def page_table(
         starts = indptr.cpu().numpy()
         # What lies before and beyond is anything at all: a batch may be cut out of a larger one.
         first = max(0, int(starts[0]))
-        indices = indices[first : max(first, int(starts[-1]))]
-        indptr = indptr - first if first else indptr
+        if first or indices.dtype != torch.int32:
+            indices = indices[first : max(first, int(starts[-1]))]
+            indptr = indptr - first if first else indptr
         empty = starts[1:] == starts[:-1]
         if empty.any():
             last_page_len = last_page_len.masked_fill(torch.from_numpy(empty).to(last_page_len.device), 0)
