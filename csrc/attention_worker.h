@@ -196,9 +196,8 @@ class Worker {
       for (int row = row_first; row < row_last; row += kPackedTile) {
         const int count = std::min(kPackedTile, row_last - row);
         const auto [seen_first, seen_last] = seen_by_any(row, count, block, last);
-        transposed_rows<kPackedTile>(count, query(head, row), call_.padded_dim, keys, block,
-                                          static_cast<int>(seen_first), static_cast<int>(seen_last), scores(head, row),
-                                          kScoreStride, next);
+        transposed_rows<kPackedTile>(count, query(head, row), call_.padded_dim, keys, block, static_cast<int>(seen_first),
+                                     static_cast<int>(seen_last), scores(head, row), kScoreStride, next);
       }
     }
   }

@@ -217,6 +217,9 @@ def test_forward_takes_the_place_of_what_was_planned():
     result = wrapper.forward(batch.q, batch.pair, causal=True, sm_scale=0.2, window_left=4)
     assert_near(result, batch.expected(causal=True, sm_scale=0.2, window_left=4)[0], batch.dtype)
     assert torch.equal(wrapper.run(batch.q, batch.pair), result)
+    with pytest.raises(ValueError, match="q must have dtype"):
+        wrapper.forward(batch.q.float(), batch.pair, sm_scale=0.5)
+    assert torch.equal(wrapper.run(batch.q, batch.pair), result)
     assert wrapper.end_forward() is None
 
 

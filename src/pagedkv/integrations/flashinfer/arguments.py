@@ -9,6 +9,9 @@ from ...kernels.pages import check_no_grad, check_writable
 from ...shapes import dtype_name
 
 __all__ = [
+    "Dtype",
+    "Result",
+    "Scale",
     "as_scalar",
     "canonical_dtype",
     "check_backend",
@@ -18,6 +21,10 @@ __all__ = [
     "int32_indices",
     "refuse",
 ]
+
+Dtype = str | torch.dtype
+Scale = float | torch.Tensor | None
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # output, or output and LSE
 
 _POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 # Names of their kernels for one card or another: here one kernel computes what all of them do.

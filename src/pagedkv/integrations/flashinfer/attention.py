@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .arguments import check_pos_encoding_mode, refuse
+from .arguments import Dtype, Result, Scale, check_pos_encoding_mode, refuse
 from .layouts import PagedCache, check_kv_layout, unpack_paged_kv_cache
 from .planned import Logits, PlannedBatch, plan_batch
 from .prefill import BatchPrefillWithPagedKVCacheWrapper
@@ -16,9 +16,6 @@ from .wrapper import check_planned
 
 __all__ = ["BatchAttention", "BatchAttentionWithAttentionSinkWrapper"]
 
-_Dtype = str | torch.dtype
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 _LARGEST_HEAD_DIM = 256
 
@@ -52,8 +49,8 @@ class BatchAttention:
         causal: bool = False,
         sm_scale: float | None = None,
         logits_soft_cap: float | None = None,
-        q_data_type: _Dtype = torch.bfloat16,
-        kv_data_type: _Dtype = torch.bfloat16,
+        q_data_type: Dtype = torch.bfloat16,
+        kv_data_type: Dtype = torch.bfloat16,
         use_profiler: bool = False,
     ) -> None:
         """Checks the batch of a step and divides its work.
@@ -87,8 +84,8 @@ class BatchAttention:
         kv_cache: PagedCache,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         logits_soft_cap: float = 0.0,
         profiler_buffer: torch.Tensor | None = None,
         kv_cache_sf: Any = None,
@@ -109,11 +106,7 @@ class BatchAttention:
             if logits_soft_cap != batch.logits.soft_cap:
                 batch = batch.changed(logits_soft_cap=logits_soft_cap)
         key_pages, value_pages = unpack_paged_kv_cache(kv_cache, self._kv_layout)
-        result = batch.run(
-            q, key_pages, value_pages, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True
-        )
-        assert isinstance(result, tuple)
-        return result
+        return batch.run_with_lse(q, key_pages, value_pages, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse)
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):
@@ -141,8 +134,8 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         backend: str = "auto",
         pos_encoding_mode: str = "NONE",
         use_fp16_qk_reduction: bool = False,
-        q_data_type: _Dtype = torch.bfloat16,
-        kv_data_type: _Dtype = torch.bfloat16,
+        q_data_type: Dtype = torch.bfloat16,
+        kv_data_type: Dtype = torch.bfloat16,
         head_dim_qk: int = 128,
         head_dim_vo: int = 128,
         window_left: int = -1,
@@ -162,7 +155,7 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         )
         self._is_sink_variant = True
 
-    def run(self, q: torch.Tensor, paged_kv_cache: PagedCache, *args: Any, **kwargs: Any) -> _Result:
+    def run(self, q: torch.Tensor, paged_kv_cache: PagedCache, *args: Any, **kwargs: Any) -> Result:
         """Attention of one layer.
 
         Shapes: sink [Hq] float32 and sm_scale follow the caches by position, or `sinks` is given by name with the

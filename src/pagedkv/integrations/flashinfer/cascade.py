@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from ...shapes import Shapes, check_int
-from .arguments import int32_indices
+from .arguments import Dtype, int32_indices
 from .layouts import PagedCache, unpack_paged_kv_cache
 from .paged_prefill import BatchPrefillWithPagedKVCacheWrapper
-from .planned import FLOAT8_DTYPES, Logits, plan_batch
+from .planned import Logits, PlannedBatch, plan_batch, rounded
 from .single import attend_single
 from .states import merge_state, merge_state_in_place, merge_states
 from .tables import page_table, row_indptr
@@ -26,8 +26,6 @@ __all__ = [
     "merge_state_in_place",
     "merge_states",
 ]
-
-_Dtype = str | torch.dtype
 
 
 class MultiLevelCascadeAttentionWrapper:
@@ -110,8 +108,8 @@ class MultiLevelCascadeAttentionWrapper:
         logits_soft_cap: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: _Dtype = "float16",
-        kv_data_type: _Dtype | None = None,
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype | None = None,
     ) -> None:
         """Checks the batch of a step and divides the work of every level.
 
@@ -179,7 +177,7 @@ class MultiLevelCascadeAttentionWrapper:
         lses = torch.empty(shape, dtype=torch.float32, device=q.device)
         for level, out, lse in zip(self._levels, values, lses, strict=True):
             level.run(q, paged_kv_cache, out=out, lse=lse, return_lse=True)
-        return _rounded(merge_states(values.transpose(0, 1), lses.transpose(0, 1))[0], q.dtype)
+        return rounded(merge_states(values.transpose(0, 1), lses.transpose(0, 1))[0], q.dtype)
 
     forward = run
 
@@ -198,19 +196,20 @@ class _SharedPrefixWrapper(PlannedWrapper):
 
     def _attend(
         self,
+        batch: PlannedBatch,
         q: torch.Tensor,
         k_shared: torch.Tensor,
         v_shared: torch.Tensor,
         unique_kv_cache: PagedCache,
         sm_scale: float | None,
     ) -> torch.Tensor:
-        plan = self.batch.plan
+        plan = batch.plan
         key_pages, value_pages = unpack_paged_kv_cache(unique_kv_cache, self._kv_layout)
         shapes = Shapes(T=plan.num_tokens, Hq=plan.num_q_heads, Hk=plan.num_kv_heads, D=plan.head_dim)
         shapes.check("q", q, "T Hq D")
         for name, packed in (("k_shared", k_shared), ("v_shared", v_shared)):
             shapes.check(name, packed, "Lshared Hk D" if self._kv_layout == "NHD" else "Hk Lshared D")
-        batch = replace(self.batch, q_dtype=q.dtype, out_dtype=torch.float32)
+        batch = replace(batch, q_dtype=q.dtype, out_dtype=torch.float32)
         alone = batch.run(q, key_pages, value_pages, sm_scale=sm_scale, return_lse=True)
         shared = attend_single(
             q,
@@ -221,7 +220,7 @@ class _SharedPrefixWrapper(PlannedWrapper):
             o_dtype=torch.float32,
             return_lse=True,
         )
-        return _rounded(merge_state(*shared, *alone)[0], q.dtype)
+        return rounded(merge_state(*shared, *alone)[0], q.dtype)
 
 
 class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefixWrapper):
@@ -236,7 +235,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefixWrapper):
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
-        data_type: _Dtype = "float16",
+        data_type: Dtype = "float16",
     ) -> None:
         """Checks the pages that each sequence has alone and divides their work.
 
@@ -267,7 +266,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefixWrapper):
                 `unpack_paged_kv_cache` says; the result [B, Hq, D] in the dtype of q.
         Raises: RuntimeError without a plan; ValueError for a cache in another dtype than the plan's and for shapes.
         """
-        return self._attend(q, k_shared, v_shared, unique_kv_cache, None)
+        return self._attend(self.batch, q, k_shared, v_shared, unique_kv_cache, None)
 
 
 class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefixWrapper):
@@ -323,19 +322,11 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefixWrapper):
         Raises: RuntimeError without a plan; ValueError for shapes.
         """
         key_pages, _ = unpack_paged_kv_cache(unique_kv_cache, self._kv_layout)
-        self._batch = replace(self.batch.changed(causal=causal), kv_dtype=key_pages.dtype)
-        return self._attend(q, k_shared, v_shared, unique_kv_cache, sm_scale)
+        batch = replace(self.batch.changed(causal=causal), kv_dtype=key_pages.dtype)
+        return self._attend(batch, q, k_shared, v_shared, unique_kv_cache, sm_scale)
 
 
 def _check_levels(name: str, arrays: Sequence[torch.Tensor] | None, num_levels: int) -> None:
     if not isinstance(arrays, Sequence) or len(arrays) != num_levels:
         got = len(arrays) if isinstance(arrays, Sequence) else type(arrays).__name__
         raise ValueError(f"{name} must be a list of {num_levels} tensors (one a level), got {got}.")
-
-
-def _rounded(merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """From float32; 8 bits take numbers beyond their largest as that one."""
-    if dtype in FLOAT8_DTYPES:
-        largest = torch.finfo(dtype).max
-        merged = merged.clamp(-largest, largest)
-    return merged.to(dtype)

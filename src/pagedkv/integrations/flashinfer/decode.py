@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .arguments import canonical_dtype, check_backend, int32_indices, refuse
+from .arguments import Result, Scale, canonical_dtype, check_backend, int32_indices, refuse
 from .layouts import PagedCache, unpack_paged_kv_cache
 from .mla import BatchDecodeMlaWithPagedKVCacheWrapper
 from .planned import Logits, plan_batch
@@ -25,8 +25,6 @@ __all__ = [
     "single_decode_with_kv_cache",
 ]
 
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 # In the order in which older callers give them by position.
 _PLAN_OPTIONS: dict[str, Any] = {
@@ -56,16 +54,16 @@ def single_decode_with_kv_cache(
     kv_layout: str = "NHD",
     pos_encoding_mode: str = "NONE",
     use_tensor_cores: bool = False,
-    q_scale: _Scale = None,
-    k_scale: _Scale = None,
-    v_scale: _Scale = None,
+    q_scale: Scale = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     window_left: int = -1,
     logits_soft_cap: float | None = None,
     sm_scale: float | None = None,
     rope_scale: float | None = None,
     rope_theta: float | None = None,
     return_lse: bool = False,
-) -> _Result:
+) -> Result:
     """Attention of one sequence's last row over contiguous keys and values.
 
     Shapes: q [Hq, D]; k, v [L, Hk, D] ("HND": [Hk, L, D]); out [Hq, D] in the dtype of q; lse [Hq] float32, base 2.
@@ -193,9 +191,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         *args: Any,
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
@@ -205,7 +203,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedWrapper):
         q_len_per_req: int | None = None,
         skip_softmax_threshold_scale_factor: float | None = None,
         kv_cache_sf: Any = None,
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer.
 
         Shapes: q [B * q_len_per_req, Hq, D]; paged_kv_cache as `unpack_paged_kv_cache` says; out like q; lse [rows, Hq]
@@ -240,18 +238,18 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         return_lse: bool = False,
-    ) -> _Result:
+    ) -> Result:
         """The older `run`: its options, defaults included, take the place of the plan's from here on."""
-        self._batch = self.batch.changed(
+        batch = self.batch.changed(
             window_left=window_left,
             pos_encoding_mode=pos_encoding_mode,
             logits_soft_cap=logits_soft_cap,
@@ -259,7 +257,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedWrapper):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+        scales: dict[str, Any] = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        return self._run_changed(batch, lambda: self.run(q, paged_kv_cache, **scales, return_lse=return_lse))
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 

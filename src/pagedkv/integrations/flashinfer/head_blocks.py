@@ -9,13 +9,10 @@ import torch
 
 from ...shapes import Shapes, check_int
 from ...storage import PageTable
-from .arguments import as_scalar, check_result_buffer, int32_indices
+from .arguments import Result, Scale, as_scalar, check_result_buffer, int32_indices
 from .planned import Logits, PlannedBatch, plan_batch
 
 __all__ = ["indptr_of", "into", "of_kv_heads", "plan_by_head", "run_by_head", "with_logits"]
-
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def plan_by_head(
@@ -78,9 +75,9 @@ def run_by_head(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    q_scale: _Scale = None,
-    k_scale: _Scale = None,
-    v_scale: _Scale = None,
+    q_scale: Scale = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [Hq, M, D]; k, v [Hk, N, D]; returns out [Hq, M, D] and lse [Hq, M], views."""
     num_kv_heads, group, size = k.shape[0], batch.plan.num_q_heads, batch.plan.page_size
@@ -91,9 +88,8 @@ def run_by_head(
     # The plan's heads are those of one group: a factor a head would meet the wrong ones.
     scales = (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))
     given: dict[str, Any] = {name: as_scalar(name, scale) for name, scale in scales if scale is not None}
-    result = batch.run(rows, *pages, **given, return_lse=True)
-    assert isinstance(result, tuple)
-    out, lse = (x.reshape(num_kv_heads, num_rows, *x.shape[1:]).transpose(1, 2) for x in result)
+    results = batch.run_with_lse(rows, *pages, **given)
+    out, lse = (x.reshape(num_kv_heads, num_rows, *x.shape[1:]).transpose(1, 2) for x in results)
     return out.flatten(0, 1), lse.flatten(0, 1)
 
 
@@ -104,7 +100,7 @@ def into(
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
     return_lse: bool,
-) -> _Result:
+) -> Result:
     """Results in the buffers that were given, which are written only where both are as they must be."""
     if out is not None:
         check_result_buffer("out", out, tuple(result.shape), batch.out_dtype, result.device)

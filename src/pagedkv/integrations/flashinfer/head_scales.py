@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["Scale", "by_head", "is_by_head"]
+from .arguments import Scale
 
-Scale = float | torch.Tensor | None
+__all__ = ["by_head", "is_by_head"]
 
 
 def is_by_head(*scales: Scale) -> bool:

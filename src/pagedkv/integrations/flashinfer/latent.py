@@ -11,7 +11,8 @@ from ...shapes import Shapes, check_int, dtype_name
 from ...spec import CACHE_DTYPES
 from ...storage import PageTable
 from .arguments import check_result_buffer
-from .planned import LOG2_E, Logits, PlannedBatch, plan_batch
+from .planned import Logits, PlannedBatch, plan_batch
+from .utils import log2e
 
 __all__ = ["plan_latent", "required_scale", "run_latent"]
 
@@ -77,7 +78,7 @@ def run_latent(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     return_lse: bool = False,
-    lse_unit: float = LOG2_E,
+    lse_unit: float = log2e,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Latent attention of one layer.
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ...shapes import Shapes
-from .arguments import as_scalar, check_backend, refuse
+from .arguments import Dtype, Result, Scale, as_scalar, check_backend, refuse
 from .latent import plan_latent, required_scale, run_latent
-from .planned import LOG2_E, Logits, PlannedBatch
+from .planned import Logits, PlannedBatch
 from .tables import page_table as table_of_last_pages
 from .tables import page_table_of_lengths, row_indptr
+from .utils import log2e
 from .vendor_only import Refused, lookup
 from .wrapper import PlannedWrapper, fill_buffers
 
@@ -26,10 +27,6 @@ __all__ = [
     "smaller_mla_dimensions",
     "supported_mla_head_dimensions",
 ]
-
-_Dtype = str | torch.dtype
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,8 @@ class BatchMLAPagedAttentionWrapper(PlannedWrapper):
         page_size: int,
         causal: bool,
         sm_scale: float,
-        q_data_type: _Dtype,
-        kv_data_type: _Dtype,
+        q_data_type: Dtype,
+        kv_data_type: Dtype,
         use_profiler: bool = False,
     ) -> None:
         """Checks the batch of a step and divides its work.
@@ -139,12 +136,12 @@ class BatchMLAPagedAttentionWrapper(PlannedWrapper):
         kv_len: torch.Tensor | None = None,
         page_table: torch.Tensor | None = None,
         return_lse_base_on_e: bool = False,
-        o_scale: _Scale = None,
+        o_scale: Scale = None,
         *,
         ckv_scale: float | None = None,
         ckv_scale_arr: torch.Tensor | None = None,
         kpe_scale: float | None = None,
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer; latents serve as keys and as values.
 
         Shapes: q_nope [qo_indptr[-1], H, C]; q_pe [qo_indptr[-1], H, R]; ckv_cache [N, P, C]; kpe_cache [N, P, R],
@@ -173,7 +170,7 @@ class BatchMLAPagedAttentionWrapper(PlannedWrapper):
             out=out,
             lse=lse,
             return_lse=return_lse,
-            lse_unit=1.0 if return_lse_base_on_e else LOG2_E,
+            lse_unit=1.0 if return_lse_base_on_e else log2e,
         )
 
     def _batch_of_matrix(
@@ -256,8 +253,8 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PlannedWrapper):
         sm_scale: float,
         window_left: int = -1,
         logits_soft_cap: float | None = None,
-        data_type: _Dtype = "float16",
-        q_data_type: _Dtype | None = None,
+        data_type: Dtype = "float16",
+        q_data_type: Dtype | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
     ) -> None:
@@ -293,14 +290,14 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PlannedWrapper):
         q_pe: torch.Tensor,
         paged_ckv_cache: torch.Tensor,
         paged_kpe_cache: torch.Tensor,
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool = False,
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer.
 
         Shapes: q_nope [B, H, C]; q_pe [B, H, C / 8]; paged_ckv_cache [N, P, C]; paged_kpe_cache [N, P, C / 8]; out

@@ -7,18 +7,15 @@ from typing import Any
 
 import torch
 
-from .arguments import refuse
+from .arguments import Dtype, Result, Scale, refuse
 from .layouts import PagedCache, unpack_paged_kv_cache
-from .planned import LOG2_E, Logits, plan_batch
+from .planned import Logits, plan_batch
 from .prefill_wrapper import PrefillWrapper
 from .tables import page_table
+from .utils import log2e
 from .wrapper import check_window, extra_arguments, fill_buffers
 
 __all__ = ["BatchPrefillWithPagedKVCacheWrapper"]
-
-_Dtype = str | torch.dtype
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
@@ -76,9 +73,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         logits_soft_cap: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: _Dtype = "float16",
-        kv_data_type: _Dtype | None = None,
-        o_data_type: _Dtype | None = None,
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype | None = None,
+        o_data_type: Dtype | None = None,
         non_blocking: bool = True,
         prefix_len_ptr: torch.Tensor | None = None,
         token_pos_in_items_ptr: torch.Tensor | None = None,
@@ -140,9 +137,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         *args: Any,
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
@@ -155,7 +152,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         uses_spcompress: bool | None = None,
         lse_base: str = "log2",
         lse_layout: str = "NH",
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer.
 
         Shapes: q [qo_indptr[-1], Hq, D]; paged_kv_cache as `unpack_paged_kv_cache` says; out [T, Hq, Dv]; lse [T, Hq]
@@ -182,7 +179,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         if not isinstance(result, tuple):
             return result
         # In place: the buffer, where one was given, holds it in this base too.
-        sums = result[1].div_(LOG2_E) if lse_base == "ln" else result[1]
+        sums = result[1].div_(log2e) if lse_base == "ln" else result[1]
         if not return_lse:
             return result[0]
         return result[0], sums.T if lse_layout == "HN" else sums
@@ -204,9 +201,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         return_lse: bool = False,
-    ) -> _Result:
+    ) -> Result:
         """The older `run`: its options, defaults included, take the place of the plan's from here on."""
-        self._batch = self.batch.changed(
+        batch = self.batch.changed(
             causal=causal,
             window_left=window_left,
             pos_encoding_mode=pos_encoding_mode,
@@ -215,7 +212,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+        return self._run_changed(batch, lambda: self.run(q, paged_kv_cache, **scales, return_lse=return_lse))
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 

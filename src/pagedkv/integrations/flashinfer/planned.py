@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,18 +13,18 @@ from ...kernels import AttentionPlan, AttentionState, RotaryEmbedding, paged_att
 from ...shapes import dtype_name
 from ...storage import PageTable
 from .arguments import (
+    Scale,
     as_scalar,
     canonical_dtype,
     check_pos_encoding_mode,
     check_result_buffer,
     int32_indices,
 )
-from .head_scales import Scale, by_head, is_by_head
+from .head_scales import by_head, is_by_head
 from .utils import get_alibi_slopes, log2e
 
-__all__ = ["FLOAT8_DTYPES", "LOG2_E", "Logits", "PlannedBatch", "plan_batch"]
+__all__ = ["FLOAT8_DTYPES", "Logits", "PlannedBatch", "plan_batch", "rounded"]
 
-LOG2_E = log2e
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -146,16 +146,22 @@ class PlannedBatch:
         )
         result = state.out if isinstance(state, AttentionState) else state
         if result.dtype != self.out_dtype:
-            result = _rounded(result, self.out_dtype)
+            result = rounded(result, self.out_dtype)
         if out is not None and not writes_out:
             result = out.copy_(result)
         if not isinstance(state, AttentionState):
             return result
         natural = state.lse if self.shifts is None else state.lse.add_(self.shifts)
         if lse is None:
-            return result, natural.mul_(LOG2_E)
-        lse.copy_(natural.mul_(LOG2_E))
+            return result, natural.mul_(log2e)
+        lse.copy_(natural.mul_(log2e))
         return (result, lse) if return_lse else result
+
+    def run_with_lse(
+        self, q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run` with return_lse: output and LSE."""
+        return cast(tuple[torch.Tensor, torch.Tensor], self.run(q, key_pages, value_pages, return_lse=True, **options))
 
     def _run_by_head(
         self,
@@ -174,7 +180,7 @@ class PlannedBatch:
         batch = replace(self, q_dtype=torch.float32, out_dtype=torch.float32)
         result = batch.run(q.float() * of_query, key_pages, value_pages, **options)
         values, *rest = result if isinstance(result, tuple) else (result,)
-        values = _rounded(values.mul_(of_output), self.out_dtype)
+        values = rounded(values.mul_(of_output), self.out_dtype)
         values = values if out is None else out.copy_(values)
         return (values, rest[0]) if rest else values
 
@@ -270,7 +276,7 @@ def _flat_mask(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor 
     return mask.to(device=device, dtype=torch.bool).flatten()
 
 
-def _rounded(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounded(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """From float32; numbers beyond the largest of 8 bits become that one, for e4m3fn has no infinity."""
     if dtype in FLOAT8_DTYPES:
         largest = torch.finfo(dtype).max

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .arguments import check_pos_encoding_mode, refuse
+from .arguments import Dtype, Result, Scale, check_pos_encoding_mode, refuse
 from .layouts import PagedCache, check_kv_layout, unpack_paged_kv_cache
 from .planned import Logits, PlannedBatch, plan_batch
 from .single import attend_single
@@ -16,10 +16,6 @@ from .tables import page_table, row_indptr
 from .wrapper import PlannedWrapper, check_planned, fill_buffers
 
 __all__ = ["BatchPODWithPagedKVCacheWrapper", "PODWithPagedKVCacheWrapper"]
-
-_Dtype = str | torch.dtype
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class PODWithPagedKVCacheWrapper(PlannedWrapper):
@@ -61,9 +57,9 @@ class PODWithPagedKVCacheWrapper(PlannedWrapper):
         page_size: int,
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
-        q_data_type: _Dtype | None = "float16",
-        kv_data_type: _Dtype | None = None,
-        data_type: _Dtype | None = None,
+        q_data_type: Dtype | None = "float16",
+        kv_data_type: Dtype | None = None,
+        data_type: Dtype | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
@@ -124,14 +120,14 @@ class PODWithPagedKVCacheWrapper(PlannedWrapper):
         window_left_d: int = -1,
         rope_scale_d: float | None = None,
         rope_theta_d: float | None = None,
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         return_lse_d: bool = False,
         use_fp16_qk_reduction: bool = False,
         enable_pdl: bool | None = None,
         *args: Any,
-    ) -> tuple[_Result, _Result]:
+    ) -> tuple[Result, Result]:
         """Attention of one layer: (prefill, decode), each a result, or (result, lse) where its return_lse asks for it.
 
         Shapes: q_p [Tq, Hq, D]; k_p, v_p [L, Hk, D] ("HND": [Hk, L, D]); custom_mask_p [Tq, L] bool in place of
@@ -218,9 +214,9 @@ class BatchPODWithPagedKVCacheWrapper(PlannedWrapper):
         page_size: int,
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
-        q_data_type: _Dtype | None = "float16",
-        kv_data_type: _Dtype | None = None,
-        data_type: _Dtype | None = None,
+        q_data_type: Dtype | None = "float16",
+        kv_data_type: Dtype | None = None,
+        data_type: Dtype | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
@@ -267,9 +263,9 @@ class BatchPODWithPagedKVCacheWrapper(PlannedWrapper):
         custom_mask_p: torch.Tensor | None = None,
         packed_custom_mask_p: torch.Tensor | None = None,
         causal_p: bool = False,
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         return_lse: bool = False,
         use_fp16_qk_reduction: bool = False,
         enable_pdl: bool | None = None,
@@ -293,10 +289,10 @@ class BatchPODWithPagedKVCacheWrapper(PlannedWrapper):
             # Kept: the layers of a step ask for the same.
             prefill = self._prefill = self._plan_prefill(causal=causal_p)
         caches = [unpack_paged_kv_cache(cache, self._kv_layout) for cache in (paged_kv_cache_p, paged_kv_cache_d)]
-        first = prefill.run(q_p, *caches[0], return_lse=return_lse)
-        second = decode.run(q_d, *caches[1], q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
-        if isinstance(first, tuple) and isinstance(second, tuple):
-            return (first[0], second[0]), (first[1], second[1])
-        assert isinstance(first, torch.Tensor)
-        assert isinstance(second, torch.Tensor)
-        return first, second
+        scales: dict[str, Any] = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        if not return_lse:
+            outputs = prefill.run(q_p, *caches[0]), decode.run(q_d, *caches[1], **scales)
+            return cast(tuple[torch.Tensor, torch.Tensor], outputs)
+        out_p, lse_p = prefill.run_with_lse(q_p, *caches[0])
+        out_d, lse_d = decode.run_with_lse(q_d, *caches[1], **scales)
+        return (out_p, out_d), (lse_p, lse_d)

@@ -6,8 +6,7 @@ import functools
 
 import torch
 
-from .arguments import check_backend, refuse
-from .head_scales import Scale
+from .arguments import Result, Scale, check_backend, refuse
 from .paged_prefill import BatchPrefillWithPagedKVCacheWrapper
 from .planned import Logits
 from .ragged_prefill import BatchPrefillWithRaggedKVCacheWrapper
@@ -20,8 +19,6 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
-
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def single_prefill_with_kv_cache(
@@ -48,7 +45,7 @@ def single_prefill_with_kv_cache(
     kv_cache_sf: tuple[torch.Tensor, torch.Tensor] | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
-) -> _Result:
+) -> Result:
     """Attention of one sequence's last rows over contiguous keys and values.
 
     Shapes: q [Tq, Hq, D]; k [L, Hk, D], v [L, Hk, Dv] ("HND": [Hk, L, D]); custom_mask [Tq, L] bool, True = keep, in

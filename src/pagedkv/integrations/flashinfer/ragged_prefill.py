@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 
-from .arguments import as_scalar, refuse
+from .arguments import Dtype, Result, Scale, as_scalar, refuse
 from .planned import FLOAT8_DTYPES, Logits, plan_batch
 from .prefill_wrapper import PrefillWrapper
 from .tables import ragged_pages, ragged_table
 from .wrapper import extra_arguments, fill_buffers
 
 __all__ = ["BatchPrefillWithRaggedKVCacheWrapper"]
-
-_Dtype = str | torch.dtype
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
@@ -64,9 +60,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: _Dtype = "float16",
-        kv_data_type: _Dtype | None = None,
-        o_data_type: _Dtype | None = None,
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype | None = None,
+        o_data_type: Dtype | None = None,
         non_blocking: bool = True,
         prefix_len_ptr: torch.Tensor | None = None,
         token_pos_in_items_ptr: torch.Tensor | None = None,
@@ -125,16 +121,16 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         k: torch.Tensor,
         v: torch.Tensor,
         *args: Any,
-        q_scale: _Scale = None,
-        k_scale: _Scale = None,
-        v_scale: _Scale = None,
-        o_scale: _Scale = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
+        o_scale: Scale = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
         kv_cache_sf: Any = None,
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer.
 
         Shapes: q [qo_indptr[-1], Hq, D]; k [L, Hk, D], v [L, Hk, Dv] with L = kv_indptr[-1] ("HND": [Hk, L, D]); out
@@ -173,9 +169,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         return_lse: bool = False,
-    ) -> _Result:
+    ) -> Result:
         """The older `run`: its options, defaults included, take the place of the plan's from here on."""
-        self._batch = self.batch.changed(
+        batch = self.batch.changed(
             causal=causal,
             window_left=window_left,
             pos_encoding_mode=pos_encoding_mode,
@@ -184,6 +180,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        return self.run(q, k, v, return_lse=return_lse)
+        return self._run_changed(batch, lambda: self.run(q, k, v, return_lse=return_lse))
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...storage import PageTable
-from .head_scales import Scale
+from .arguments import Scale
 from .layouts import check_kv_layout
 from .planned import FLOAT8_DTYPES, Logits, plan_batch
 

@@ -7,17 +7,13 @@ from typing import Any
 import torch
 
 from ...shapes import Shapes, check_dtype, check_int
-from .arguments import check_backend, int32_indices
+from .arguments import Dtype, Result, Scale, check_backend, int32_indices
 from .head_blocks import indptr_of, into, of_kv_heads, plan_by_head, run_by_head, with_logits
 from .planned import Logits, plan_batch
 from .tables import page_table
 from .wrapper import PlannedWrapper
 
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
-
-_Dtype = str | torch.dtype
-_Scale = float | torch.Tensor | None
-_Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def convert_bsr_mask_layout(mask: torch.Tensor, indptr: torch.Tensor) -> torch.Tensor:
@@ -71,9 +67,9 @@ class BlockSparseAttentionWrapper(PlannedWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: _Dtype = "float16",
-        kv_data_type: _Dtype | None = None,
-        o_data_type: _Dtype = "float16",
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype | None = None,
+        o_data_type: Dtype = "float16",
         non_blocking: bool = True,
         block_mask: torch.Tensor | None = None,
     ) -> None:
@@ -159,14 +155,14 @@ class BlockSparseAttentionWrapper(PlannedWrapper):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        scale_q: _Scale = None,
-        scale_k: _Scale = None,
-        scale_v: _Scale = None,
+        scale_q: Scale = None,
+        scale_k: Scale = None,
+        scale_v: Scale = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer.
 
         Shapes: q [M, Hq, D]; k, v [N, Hk, D]; scales a number or a tensor of one element: scale_q and scale_k multiply
@@ -202,20 +198,20 @@ class BlockSparseAttentionWrapper(PlannedWrapper):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        scale_q: _Scale = None,
-        scale_k: _Scale = None,
-        scale_v: _Scale = None,
+        scale_q: Scale = None,
+        scale_k: Scale = None,
+        scale_v: Scale = None,
         pos_encoding_mode: str = "NONE",
         use_fp16_qk_reduction: bool = False,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> _Result:
+    ) -> Result:
         """The older `run`: its options, defaults included, take the place of the plan's from here on."""
         logits = Logits(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
-        self._batch = with_logits(self.batch, logits, self._is_by_head)
-        return self.run(q, k, v, scale_q, scale_k, scale_v)
+        batch = with_logits(self.batch, logits, self._is_by_head)
+        return self._run_changed(batch, lambda: self.run(q, k, v, scale_q, scale_k, scale_v))
 
 
 class VariableBlockSparseAttentionWrapper(PlannedWrapper):
@@ -246,8 +242,8 @@ class VariableBlockSparseAttentionWrapper(PlannedWrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         non_blocking: bool = True,
-        q_data_type: _Dtype = "float16",
-        kv_data_type: _Dtype | None = None,
+        q_data_type: Dtype = "float16",
+        kv_data_type: Dtype | None = None,
     ) -> None:
         """Checks the blocks and divides the work.
 
@@ -287,7 +283,7 @@ class VariableBlockSparseAttentionWrapper(PlannedWrapper):
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
-    ) -> _Result:
+    ) -> Result:
         """Attention of one layer.
 
         Shapes: q [Hq, qo_len, D]; k, v [Hk, kv_len, D]; out [Hq, qo_len, D] in the dtype of q; lse [Hq, qo_len]
@@ -313,11 +309,11 @@ class VariableBlockSparseAttentionWrapper(PlannedWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-    ) -> _Result:
+    ) -> Result:
         """The older `run`: its options, defaults included, take the place of the plan's from here on."""
         logits = Logits(pos_encoding_mode, sm_scale, logits_soft_cap, rope_scale, rope_theta)
-        self._batch = with_logits(self.batch, logits, True)
-        return self.run(q, k, v)
+        batch = with_logits(self.batch, logits, True)
+        return self._run_changed(batch, lambda: self.run(q, k, v))
 
 
 def _check_bounds(indices: torch.Tensor, block_size: int, num_keys: int) -> None:

@@ -10,6 +10,7 @@ from ...kernels import merge_states as merge_natural
 from ...kernels.pages import check_no_grad, check_writable
 from ...shapes import Shapes, check_device, check_floating, dtype_name
 from .arguments import int32_indices
+from .utils import log2e
 
 __all__ = ["merge_state", "merge_state_in_place", "merge_states", "variable_length_merge_states"]
 
@@ -102,7 +103,7 @@ def _merged(v: torch.Tensor, s: torch.Tensor) -> Merged:
     highest = s.amax(dim=1)
     base = highest.masked_fill(highest == -math.inf, 0.0)
     out, lse = merge_natural(v, (s - base[:, None]) * math.log(2))
-    return out, base + lse * math.log2(math.e)
+    return out, base + lse * log2e
 
 
 def _check_states(values: dict[str, torch.Tensor], lse: dict[str, torch.Tensor], pattern: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...kernels.pages import check_writable
-from .arguments import check_workspace, int32_indices
+from .arguments import Result, check_workspace, int32_indices
 from .layouts import check_kv_layout
 from .planned import FLOAT8_DTYPES, PlannedBatch
 
@@ -71,6 +72,15 @@ class PlannedWrapper:
         Raises: RuntimeError when there was none.
         """
         return check_planned(self._batch)
+
+    def _run_changed(self, batch: PlannedBatch, run: Callable[[], Result]) -> Result:
+        """Runs with another batch, which takes the place of the plan's unless the run fails: what `forward` does."""
+        before, self._batch = self._batch, batch
+        try:
+            return run()
+        except BaseException:
+            self._batch = before
+            raise
 
     def _check_buffers(self, **buffers: torch.Tensor | None) -> None:
         """In graph mode each must have been given."""
