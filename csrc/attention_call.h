@@ -2,6 +2,7 @@
 
 #include "attention_rows.h"
 #include "attention_work.h"
+#include "exp_table.h"
 #include "tensor.h"
 
 #include <algorithm>
@@ -81,6 +82,7 @@ struct Call {
   int64_t key_dim, tail_dim, value_dim;
   Scales key_scales, value_scales;
   Rotation rotation;
+  ExpTable exp_table;
   void* out;
   float* lse;
   const float *sinks, *alibi_slopes;

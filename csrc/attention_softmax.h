@@ -35,7 +35,8 @@ inline auto switched_variants(const Call& call, const RowAt& row, std::index_seq
 
 /// Turns the dot products of a chunk into weights exp(logit - highest), in place; tokens not visible get no defined weight.
 /// `row.value_scales` multiply the weights but not their sum. The sum adds lane by lane in steps from token 0 of the chunk, so
-/// it does not depend on which tokens were computed beside. Bit n of kUsed switches the n-th variant on.
+/// it does not depend on which tokens were computed beside. Bit n of kUsed switches the n-th variant on, the bit above them the
+/// table of exponentials.
 template <unsigned kUsed>
 RowState softmax_chunk(float* scores, const Call& call, const RowView& view, const RowAt& row) {
   constexpr int W = Vec::kLanes;
@@ -60,7 +61,13 @@ RowState softmax_chunk(float* scores, const Call& call, const RowView& view, con
   const Vec base = broadcast(highest == kNoKey ? 0.0f : highest);
   Vec sum = zero();
   for (int t = first; t < view.last; t += W) {
-    const Vec weight = exp(sub(load(scores + t), base));
+    const Vec logit = sub(load(scores + t), base);
+    Vec weight;
+    if constexpr ((kUsed >> kNumVariants & 1) != 0) {
+      weight = exp_by_table(call.exp_table, logit);
+    } else {
+      weight = exp(logit);
+    }
     store(scores + t, row.value_scales ? mul(weight, load(row.value_scales + t)) : weight);
     sum = add(sum, weight);
   }
@@ -81,8 +88,9 @@ inline unsigned variants_in_use(const Call& call, std::index_sequence<kNth...>) 
 
 /// The softmax with just the variants that a call uses.
 inline Softmax softmax_of(const Call& call) {
-  static constexpr auto kAll = all_softmaxes(std::make_integer_sequence<unsigned, 1u << kNumVariants>{});
-  return kAll[variants_in_use(call, std::make_index_sequence<kNumVariants>{})];
+  static constexpr auto kAll = all_softmaxes(std::make_integer_sequence<unsigned, 2u << kNumVariants>{});
+  const unsigned table = call.exp_table.entries ? 1u << kNumVariants : 0u;
+  return kAll[variants_in_use(call, std::make_index_sequence<kNumVariants>{}) | table];
 }
 
 }  // namespace pagedkv

@@ -37,7 +37,8 @@ void paged_attention(TensorView query, TensorView key_pages, TensorView value_pa
                      bool causal, int64_t window_left, double sm_scale, double soft_cap, double value_scale,
                      Optional<TensorView> sinks, Optional<TensorView> alibi_slopes, Optional<TensorView> mask,
                      Optional<TensorView> mask_indptr, Optional<TensorView> key_scales, Optional<TensorView> value_scales,
-                     Optional<TensorView> rope_table, bool rope_interleaved, TensorView out, Optional<TensorView> lse,
+                     Optional<TensorView> rope_table, bool rope_interleaved, Optional<TensorView> exp_entries,
+                     Optional<TensorView> exp_powers, double exp_steps_per_unit, TensorView out, Optional<TensorView> lse,
                      int64_t num_threads) {
   if (dtype_of(key_pages) != dtype_of(value_pages)) TVM_FFI_THROW(TypeError) << "keys and values must have one dtype.";
   if (key_pages.size(3) % 8 || value_pages.size(3) % 8)
@@ -66,6 +67,10 @@ void paged_attention(TensorView query, TensorView key_pages, TensorView value_pa
     call.rotation = {data<float>(rope_table.value()), rope_table.value().size(1), rope_interleaved};
     check_rotation(call.rotation, rope_table.value().size(0), call.batch, call.key_dim);
   }
+  if (exp_entries.has_value() && exp_powers.has_value())
+    call.exp_table = {data<float>(exp_entries.value()), data<float>(exp_powers.value()),
+                      static_cast<float>(exp_entries.value().numel() - 1), static_cast<float>(exp_powers.value().numel() - 1),
+                      static_cast<float>(exp_steps_per_unit)};
   call.out = data<char>(out);
   call.lse = const_cast<float*>(data_or_null<float>(lse));
   call.sinks = data_or_null<float>(sinks);

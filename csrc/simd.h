@@ -144,6 +144,10 @@ inline Vec where_lanes(int first, int last, Vec x, Vec y) {
   const uint32_t below_first = first >= 16 ? 0xffffu : (first <= 0 ? 0u : (1u << first) - 1);
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(below_last & ~below_first), y.v, x.v)};
 }
+/// Rounded toward 0; lanes are not negative and below 2^31.
+inline Vec truncated(Vec a) { return {_mm512_cvtepi32_ps(_mm512_cvttps_epi32(a.v))}; }
+/// table[index], the index being the lane rounded toward 0.
+inline Vec gather(const float* table, Vec index) { return {_mm512_i32gather_ps(_mm512_cvttps_epi32(index.v), table, 4)}; }
 /// 2^n for t = 1.5 * 2^23 + n.
 inline Vec power_of_two(Vec t) {
   return {_mm512_castsi512_ps(
@@ -216,6 +220,10 @@ inline Vec where_lanes(int first, int last, Vec x, Vec y) {
   const __m256i low_enough = _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lane);
   return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(_mm256_andnot_si256(too_low, low_enough)))};
 }
+/// Rounded toward 0; lanes are not negative and below 2^31.
+inline Vec truncated(Vec a) { return {_mm256_cvtepi32_ps(_mm256_cvttps_epi32(a.v))}; }
+/// table[index], the index being the lane rounded toward 0.
+inline Vec gather(const float* table, Vec index) { return {_mm256_i32gather_ps(table, _mm256_cvttps_epi32(index.v), 4)}; }
 /// 2^n for t = 1.5 * 2^23 + n.
 inline Vec power_of_two(Vec t) {
   return {_mm256_castsi256_ps(
@@ -309,6 +317,13 @@ inline Vec where_less(Vec a, Vec b, Vec x, Vec y) { return where(a.v < b.v, x, y
 inline Vec where_lanes(int first, int last, Vec x, Vec y) {
   const Int4 lane = {0, 1, 2, 3};
   return where((lane >= first) & (lane < last), x, y);
+}
+/// Rounded toward 0; lanes are not negative and below 2^31.
+inline Vec truncated(Vec a) { return {__builtin_convertvector(__builtin_convertvector(a.v, Int4), Float4)}; }
+/// table[index], the index being the lane rounded toward 0.
+inline Vec gather(const float* table, Vec index) {
+  const Int4 at = __builtin_convertvector(index.v, Int4);
+  return {Float4{table[at[0]], table[at[1]], table[at[2]], table[at[3]]}};
 }
 /// 2^n for t = 1.5 * 2^23 + n.
 inline Vec power_of_two(Vec t) {

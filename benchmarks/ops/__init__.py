@@ -15,9 +15,12 @@ from . import (
     copy_pages,
     gather_kv,
     merge_states,
+    paged_caching,
     plan_attention,
+    softmax_table,
     store_kv,
     store_kv_quantized,
+    tile_cache,
 )
 
 __all__ = ["all_cases"]
@@ -28,13 +31,16 @@ _OPS = (
     attention_mla,
     attention_shared_prefix,
     attention_skewed,
+    softmax_table,
     plan_attention,
     store_kv,
     store_kv_quantized,
+    paged_caching,
     gather_kv,
     copy_pages,
     merge_states,
     compare_key,
+    tile_cache,
 )
 
 

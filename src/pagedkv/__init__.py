@@ -18,6 +18,7 @@ from .errors import (
 from .kernels import (
     AttentionPlan,
     AttentionState,
+    ExpTable,
     Llama31Scaling,
     QuantizedKV,
     RotaryEmbedding,
@@ -55,6 +56,7 @@ __all__ = [
     "AttentionState",
     "BackendUnavailableError",
     "CorruptPageError",
+    "ExpTable",
     "InsertResult",
     "IntegrityError",
     "KVCacheManager",

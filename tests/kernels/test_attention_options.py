@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pagedkv
-from pagedkv import Llama31Scaling, RotaryEmbedding
+from pagedkv import ExpTable, Llama31Scaling, RotaryEmbedding
 from pagedkv.kernels.attention_options import AttentionRequest
 from pagedkv.testing.attention_batch import attention_batch
 from pagedkv.testing.numeric import assert_attention_close
@@ -80,6 +80,16 @@ def as_e4m3(batch):
 
 
 MISUSE = {
+    "softmax-name": (
+        lambda batch: {"softmax": "table"},
+        ValueError,
+        "softmax must be 'exact', 'lut' or an ExpTable, got 'table'",
+    ),
+    "softmax-type": (
+        lambda batch: {"softmax": 1024},
+        TypeError,
+        "softmax must be 'exact', 'lut' or an ExpTable, got int",
+    ),
     "out-dtypes": (
         lambda b: {"out": torch.zeros(5, 4, 64), "out_dtype": F16},
         TypeError,
@@ -162,6 +172,8 @@ REQUESTS = {
     "zeros": AttentionRequest(0.0, 0.0, key_scales=0.0, value_scales=0.0, out_dtype=BF16),
     "tensor-and-number": AttentionRequest(key_scales=torch.ones(3, 2, 16), value_scales=2.0),
     "rope": AttentionRequest(rope=RotaryEmbedding(8)),
+    "exp-table": AttentionRequest(softmax=ExpTable(100, 5.0)),
+    "exp-table-and-rope": AttentionRequest(rope=LLAMA31, softmax=ExpTable()),
     "rope-llama31": AttentionRequest(0.5, rope=LLAMA31, out_dtype=F16),
 }
 
@@ -199,6 +211,7 @@ OF_TRACED_CALLS = {
     "none": ({}, {}),
     "tensors": ({"dtype": I8}, {"sinks": torch.ones(4), "alibi_slopes": torch.ones(4)}),
     "numbers": ({}, {"sm_scale": 0.3, "soft_cap": 2.0, "key_scales": 0.5, "value_scales": 2.0}),
+    "lut": ({}, {"softmax": "lut"}),
     "rope": ({}, {"rope": RotaryEmbedding(8, 500.0, 2.0, True, Llama31Scaling()), "out_dtype": BF16}),
 }
 
@@ -218,6 +231,7 @@ def test_opcheck(case):
 
 @pytest.mark.parametrize("case", OF_TRACED_CALLS)
 def test_compiled_call_gives_the_same_bits(case):
+    torch.compiler.reset()  # each case compiles `step` anew, and there is a limit on how often
     settings, options = OF_TRACED_CALLS[case]
     batch = attention_batch([1, 4], [20, 30], head_dim=8, **settings, **options)
     pages = batch.key_pages, batch.value_pages

@@ -18,6 +18,7 @@ SETTINGS = {
     "f16-G3-D40-HND": {"dtype": F16, "group": 3, "head_dim": 40, "value_dim": 24, "layout": "HND"},
     "G1-P1-window": {"group": 1, "page_size": 1, "window_left": 70},
     "G12-soft-cap": {"group": 12, "num_kv_heads": 1, "soft_cap": 2.0},
+    "lut": {"softmax": "lut"},
     "alibi-sinks": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.01]), "sinks": torch.ones(4)},
 }
 Q_LENS, KV_LENS = [1, 70, 3, 1, 12], [600, 300, 256, 1, 513]

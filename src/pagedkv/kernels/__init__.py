@@ -7,6 +7,7 @@ from .attention_plan import AttentionPlan
 from .backend import BackendStatus, OpCall, backends, register_backend, unregister_backend
 from .compare_key import fast_compare_key
 from .copy_pages import copy_pages
+from .exp_table import ExpTable
 from .gather_kv import gather_kv
 from .merge_states import AttentionState, merge_states
 from .mla_attention import mla_attention
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionState",
     "BackendStatus",
+    "ExpTable",
     "Llama31Scaling",
     "OpCall",
     "QuantizedKV",

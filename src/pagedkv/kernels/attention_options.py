@@ -12,6 +12,7 @@ import torch
 from ..shapes import QUANTISED_DTYPES, Shapes, check_device, check_dtype, dtype_name
 from .attention_checks import as_float32
 from .attention_plan import AttentionPlan
+from .exp_table import ExpTable, check_softmax
 from .rope import RotaryEmbedding, check_rope, cos_sin_table
 
 __all__ = ["OUT_DTYPES", "AttentionOptions", "AttentionRequest", "check_out_dtype"]
@@ -29,7 +30,8 @@ class AttentionOptions:
     Rule:   a key is its element * key_scales[page, head, offset], then turned by rope_table; a scale that is one number
             for all keys is already in sm_scale. A value is its element * value_scales[page, head, offset];
             value_scale multiplies the output, not the LSE. rope_interleaved pairs columns (2i, 2i + 1), otherwise
-            (i, i + dim / 2). The sine of a negative position is minus that of its absolute value.
+            (i, i + dim / 2). The sine of a negative position is minus that of its absolute value. With an exp_table the
+            weights of a row's keys are its exponentials; sums, sinks and rescaling need not be.
     """
 
     sm_scale: float
@@ -41,6 +43,7 @@ class AttentionOptions:
     value_scales: torch.Tensor | None = None
     rope_table: torch.Tensor | None = None
     rope_interleaved: bool = False
+    exp_table: ExpTable | None = None
 
     def features(self) -> list[str]:
         """The options in use, as `OpCall` names them."""
@@ -57,6 +60,8 @@ class AttentionOptions:
             used.append("scales")
         if self.rope_table is not None:
             used.append("rope")
+        if self.exp_table is not None:
+            used.append("exp_table")
         return used
 
 
@@ -71,6 +76,7 @@ class AttentionRequest(NamedTuple):
     key_scales: float | torch.Tensor | None = None
     value_scales: float | torch.Tensor | None = None
     out_dtype: torch.dtype | None = None
+    softmax: str | ExpTable = "exact"
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The options that are tensors, by name."""
@@ -90,7 +96,10 @@ class AttentionRequest(NamedTuple):
             None if isinstance(given, torch.Tensor) else given
             for given in (self.sm_scale, self.key_scales, self.value_scales)
         ]
-        floats = [self.soft_cap, *(0.0 if scalar is None else scalar for scalar in scalars), *rope]
+        table = check_softmax(self.softmax)
+        floats = [self.soft_cap, *(0.0 if scalar is None else scalar for scalar in scalars)]
+        floats += [0.0, 0.0] if table is None else [float(table.num_entries), table.max_distance]
+        floats += rope
         flags = [int(scalar is not None) for scalar in scalars]
         flags.append(-1 if self.out_dtype is None else OUT_DTYPES.index(self.out_dtype))
         return tensors, floats, flags
@@ -101,7 +110,7 @@ class AttentionRequest(NamedTuple):
     ) -> AttentionRequest:
         """Rebuilds a request from what `pack` gave."""
         sinks, alibi_slopes, key_scales, value_scales = tensors
-        soft_cap, *scalars = floats[:4]
+        soft_cap, *scalars, num_entries, max_distance = floats[:6]
         *is_given, dtype = flags
         sm_scale, key_scale, value_scale = (
             scalar if given else None for scalar, given in zip(scalars, is_given, strict=True)
@@ -111,10 +120,11 @@ class AttentionRequest(NamedTuple):
             soft_cap=soft_cap,
             sinks=sinks,
             alibi_slopes=alibi_slopes,
-            rope=RotaryEmbedding.unpack(floats[4:]) if len(floats) > 4 else None,
+            rope=RotaryEmbedding.unpack(floats[6:]) if len(floats) > 6 else None,
             key_scales=key_scale if key_scales is None else key_scales,
             value_scales=value_scale if value_scales is None else value_scales,
             out_dtype=None if dtype < 0 else OUT_DTYPES[dtype],
+            softmax=ExpTable(int(num_entries), max_distance) if num_entries else "exact",
         )
 
     def checked(self, key_pages: torch.Tensor, plan: AttentionPlan) -> AttentionOptions:
@@ -141,6 +151,7 @@ class AttentionRequest(NamedTuple):
             value_scales,
             None if self.rope is None else _rope_table(check_rope(self.rope), key_pages.device, plan),
             self.rope is not None and self.rope.interleaved,
+            check_softmax(self.softmax),
         )
 
 

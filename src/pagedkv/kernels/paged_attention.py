@@ -11,6 +11,7 @@ from .attention_checks import check_contiguous, check_no_overlap
 from .attention_options import OUT_DTYPES, AttentionOptions, AttentionRequest
 from .attention_plan import AttentionPlan
 from .backend import OpCall, select
+from .exp_table import ExpTable
 from .merge_states import AttentionState
 from .pages import check_kv_pages, check_no_grad, to_nhd
 from .rope import RotaryEmbedding
@@ -34,6 +35,7 @@ def paged_attention(
     rope: RotaryEmbedding | None = None,
     key_scales: float | torch.Tensor | None = None,
     value_scales: float | torch.Tensor | None = None,
+    softmax: str | ExpTable = "exact",
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -54,6 +56,8 @@ def paged_attention(
             pages must have scales.
     Rope:   with a RotaryEmbedding the pages hold keys before rotation; row and key are turned by the angles of their
             positions before the dot product. A row of a sequence with more rows than keys may stand before 0.
+    Softmax: "exact"; or "lut", the exponentials of weights from the table `ExpTable()`, or from one given: within its
+            relative error of the exact ones, those of masked keys exactly 0. It is not faster (docs/benchmarks.md).
     When:   after the keys and values of the new tokens are stored.
     Owns:   writes `out` alone, which must not overlap the inputs. Slots beyond a sequence's length, and their scales,
             are never used.
@@ -62,7 +66,9 @@ def paged_attention(
     Source: PagedAttention (arXiv 2309.06180); online softmax (arXiv 1805.02867); rotation: RoFormer (arXiv 2104.09864).
             Reference: kernels/reference/paged_attention.py.
     """
-    request = AttentionRequest(sm_scale, soft_cap, sinks, alibi_slopes, rope, key_scales, value_scales, out_dtype)
+    request = AttentionRequest(
+        sm_scale, soft_cap, sinks, alibi_slopes, rope, key_scales, value_scales, out_dtype, softmax
+    )
     if torch.is_grad_enabled():
         check_no_grad(query=query, key_pages=key_pages, value_pages=value_pages, out=out, **request.tensors())
     run = _traced if torch.compiler.is_compiling() else _paged_attention

@@ -23,7 +23,9 @@ __all__ = [
     "store_kv",
 ]
 
-_ATTENTION_FEATURES = frozenset({"alibi_slopes", "custom_mask", "rope", "scales", "sinks", "soft_cap", "value_scale"})
+_ATTENTION_FEATURES = frozenset(
+    {"alibi_slopes", "custom_mask", "exp_table", "rope", "scales", "sinks", "soft_cap", "value_scale"}
+)
 
 
 def register() -> None:

@@ -22,6 +22,8 @@ def paged_attention(
     lse: torch.Tensor | None,
 ) -> None:
     """Pages in NHD order; fills out and lse; everything is checked."""
+    table = options.exp_table
+    entries, powers = (None, None) if table is None else table.tensors()
     core().paged_attention(
         query,
         key_pages,
@@ -44,6 +46,9 @@ def paged_attention(
         options.value_scales,
         options.rope_table,
         options.rope_interleaved,
+        entries,
+        powers,
+        0.0 if table is None else table.num_steps / table.max_distance,
         out,
         lse,
         torch.get_num_threads(),

@@ -77,7 +77,8 @@ def _attend(
     if options.sinks is not None:
         highest = torch.maximum(highest, options.sinks[:, None])
     base = highest.masked_fill(highest == -torch.inf, 0.0)
-    weights = torch.exp(logits - base[..., None])
+    exp = torch.exp if options.exp_table is None else options.exp_table.exp
+    weights = exp(logits - base[..., None])
     total = weights.sum(dim=-1)
     if options.sinks is not None:
         total = total + torch.exp(options.sinks[:, None] - base)
