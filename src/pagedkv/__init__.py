@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .attention import cascade_attention, plan_attention
+from .attention import cascade_attention, plan_attention, tile_attention
 from .errors import (
     BackendUnavailableError,
     CorruptPageError,
@@ -47,7 +47,7 @@ from .management import (
     check_integrity,
 )
 from .spec import KVCacheSpec, MLACacheSpec, calc_kv_cache_memory
-from .storage import KVPool, MLAPool, PageTable
+from .storage import HostTileCache, KVPool, MLAPool, PageTable, TileCache, TileKey, TilePageTable
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "BackendUnavailableError",
     "CorruptPageError",
     "ExpTable",
+    "HostTileCache",
     "InsertResult",
     "IntegrityError",
     "KVCacheManager",
@@ -77,6 +78,9 @@ __all__ = [
     "Sequence",
     "TierError",
     "TierUnavailableError",
+    "TileCache",
+    "TileKey",
+    "TilePageTable",
     "apply_rope",
     "backends",
     "calc_kv_cache_memory",
@@ -94,4 +98,5 @@ __all__ = [
     "register_backend",
     "store_kv",
     "store_mla",
+    "tile_attention",
 ]

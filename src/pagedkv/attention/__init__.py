@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .cascade import cascade_attention
 from .plan import plan_attention
+from .tile_attention import tile_attention
 
-__all__ = ["cascade_attention", "plan_attention"]
+__all__ = ["cascade_attention", "plan_attention", "tile_attention"]

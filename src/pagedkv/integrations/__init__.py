@@ -1,4 +1,4 @@
-"""Other people's models and interfaces on top of the paged cache; each needs its own extra and is imported by name."""
+"""Other people's models and interfaces on top of the paged cache; imported by name, with the extra that one needs."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from .errors import UnsupportedModelError
 from .geometry import LayerInfo, ModelGeometry, check_model
 from .model import PagedModel
 from .step import PagedStep
+from .tile_step import TileStep
 
 __all__ = [
     "ATTENTION_NAME",
@@ -16,6 +17,7 @@ __all__ = [
     "PagedCache",
     "PagedModel",
     "PagedStep",
+    "TileStep",
     "UnsupportedModelError",
     "check_model",
     "paged_attention_implementation",

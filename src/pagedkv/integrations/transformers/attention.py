@@ -22,6 +22,7 @@ __all__ = [
     "CONTEXT_ARGUMENT",
     "AttentionCall",
     "AttentionContext",
+    "PackedStep",
     "paged_attention_implementation",
     "paged_call",
 ]
@@ -52,6 +53,22 @@ class AttentionContext(Protocol):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """The result, [1, T, Hq, Dv]."""
+
+
+class PackedStep(AttentionContext, Protocol):
+    """A context that also says which tokens the call has: what `PagedModel.forward` runs. It serves as the cache, too.
+
+    position_ids [T] int64.
+    """
+
+    position_ids: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the new tokens of all sequences."""
+
+    def last_rows(self) -> torch.Tensor:
+        """The packed row of each sequence's last new token, [S] int64."""
 
 
 @contextmanager

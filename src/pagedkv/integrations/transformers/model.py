@@ -9,9 +9,8 @@ import torch
 from ...shapes import Shapes, check_dtype
 from ...spec import KVCacheSpec
 from .adapter import configs_of, using_attention
-from .attention import ATTENTION_NAME, CONTEXT_ARGUMENT, paged_call
+from .attention import ATTENTION_NAME, CONTEXT_ARGUMENT, PackedStep, paged_call
 from .geometry import ModelGeometry, check_model
-from .step import PagedStep
 
 __all__ = ["PagedModel"]
 
@@ -23,6 +22,7 @@ class PagedModel:
             afterwards, and calls of other users in between run as they always did.
     Raises: UnsupportedModelError when the model's attention needs what pages do not give, TypeError for another object.
 
+    >>> from pagedkv.integrations.transformers import PagedStep
     >>> from pagedkv.testing.tiny_models import tiny_model
     >>> paged = PagedModel(tiny_model("llama"))
     >>> pool = KVPool(paged.spec(page_size=16), num_pages=10)
@@ -54,12 +54,12 @@ class PagedModel:
     def forward(
         self,
         token_ids: torch.Tensor,
-        step: PagedStep,
+        step: PackedStep,
         *,
         logit_rows: torch.Tensor | None = None,
         **model_arguments: Any,
     ) -> torch.Tensor:
-        """Logits of the named packed rows, [R, vocab]; keys and values of all tokens are in the pool afterwards.
+        """Logits of the named packed rows, [R, vocab]; keys and values of all tokens are stored afterwards.
 
         Shapes: token_ids [T] int64, packed in the order of the step; logit_rows [R] int64, default: the last of each
                 sequence.
@@ -85,7 +85,7 @@ class PagedModel:
             )
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def _check_positions(self, step: PagedStep) -> None:
+    def _check_positions(self, step: PackedStep) -> None:
         limit = self.geometry.max_positions
         if limit is not None and step.num_tokens and int(step.position_ids.max()) >= limit:
             raise ValueError(

@@ -1,18 +1,19 @@
-"""A model's keys and values in the form in which a pool takes them."""
+"""A model's keys and values in the form in which a pool or a tile cache takes them."""
 
 from __future__ import annotations
 
 import torch
 
 from ...spec import CACHE_DTYPES, KVCacheSpec
+from ...storage.tiles.tile_geometry import TileGeometry
 
 __all__ = ["as_storable"]
 
 
-def as_storable(states: torch.Tensor, spec: KVCacheSpec) -> torch.Tensor:
-    """Keys or values as `KVPool.store` takes them: rounded to the pool's dtype, but not for a pool with scales.
+def as_storable(states: torch.Tensor, spec: KVCacheSpec | TileGeometry) -> torch.Tensor:
+    """Keys or values as `KVPool.store` and `TileCache.store` take them: rounded to their dtype, but not for scales.
 
-    Such a pool quantises by itself, and must see the numbers as they are: a cast to int8 would leave nothing of them.
+    A cache with scales quantises by itself and must see the numbers as they are: a cast to int8 would leave nothing.
     """
     dtype = spec.dtype
     if spec.has_scales:

@@ -1,0 +1,164 @@
+"""The memory of a HostTileCache: one slot a tile, and how tiles are checked and moved. Knows of no keys and no lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...kernels.copy_pages import copy_pages
+from ...kernels.cpu.huge_pages import advise_huge_pages
+from ...kernels.pages import check_no_grad, check_writable
+from ...kernels.quantize import QuantizedKV, quantize_kv
+from ...shapes import Shapes, check_device, check_dtype, dtype_name
+from .tile_geometry import TILE_DTYPES, TileGeometry
+
+__all__ = ["HostTiles", "Tile", "TileContent"]
+
+Tile = torch.Tensor | QuantizedKV
+
+
+class TileContent(NamedTuple):
+    """What is to be stored, in the dtype of the tiles; scales for int8 alone."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+
+class HostTiles:
+    """`capacity` uninitialised tiles in RAM.
+
+    Shapes: values [capacity, tile_size, head_dim]; scales [capacity, tile_size] float32 for int8, else None.
+    """
+
+    def __init__(self, capacity: int, geometry: TileGeometry) -> None:
+        self.geometry = geometry
+        shape = capacity, geometry.tile_size, geometry.head_dim
+        # Outside inference mode, so that the tiles can be written both inside and outside of it later.
+        with torch.inference_mode(False):
+            self.values = torch.empty(shape, dtype=geometry.dtype)
+            self.scales = torch.empty(shape[:2], dtype=torch.float32) if geometry.has_scales else None
+        advise_huge_pages(self.values)
+        # What copies one tile, by slot; made when first asked for, since capacities are large.
+        self.copies: list[Callable[[], Tile] | None] = [None] * capacity
+
+    def copy_of(self, slot: int) -> Callable[[], Tile]:
+        """What makes a copy of the tile that is in the slot when it is called."""
+        copy = self.copies[slot]
+        if copy is None:
+            copy = self.copies[slot] = self._new_copy_of(slot)
+        return copy
+
+    def view(self, slot: int) -> Tile:
+        """One tile, in place."""
+        return self.values[slot] if self.scales is None else QuantizedKV(self.values[slot], self.scales[slot])
+
+    def write(self, slot: int, content: TileContent) -> None:
+        """Stores one tile."""
+        self.values[slot].copy_(content.values)
+        if self.scales is not None and content.scales is not None:
+            self.scales[slot].copy_(content.scales)
+
+    def read_batch(self, slots: np.ndarray, out: Tile) -> None:
+        """Copies tiles [n, ...] of the slots, int64 [n], to `out`."""
+        ids, rows = torch.from_numpy(slots), torch.arange(len(slots))
+        values, scales = out if isinstance(out, QuantizedKV) else (out, None)
+        copy_pages(self.values, values, ids, rows)
+        if self.scales is not None and scales is not None:
+            copy_pages(self.scales, scales, ids, rows)
+
+    def write_batch(self, slots: np.ndarray, content: TileContent) -> None:
+        """Stores tiles [n, ...] in the slots, int64 [n], no slot twice."""
+        ids, rows = torch.from_numpy(slots), torch.arange(len(slots))
+        copy_pages(content.values, self.values, rows, ids)
+        if self.scales is not None and content.scales is not None:
+            copy_pages(content.scales, self.scales, rows, ids)
+
+    def new_batch(self, num_tiles: int) -> Tile:
+        """Memory for `num_tiles` tiles that are read."""
+        values = torch.empty(num_tiles, *self.values.shape[1:], dtype=self.values.dtype)
+        advise_huge_pages(values)
+        if self.scales is None:
+            return values
+        return QuantizedKV(values, torch.empty(num_tiles, self.scales.shape[1], dtype=torch.float32))
+
+    def check_out(self, out: object, num_tiles: int) -> Tile:
+        """`out`, if as many tiles as that can be read into it."""
+        if self.scales is None:
+            self._check_result("out", out, num_tiles, "n tile_size head_dim", self.geometry.dtype)
+            assert isinstance(out, torch.Tensor)
+            return out
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"out must be a QuantizedKV (values, scales) for int8 tiles, got {type(out).__name__}.")
+        self._check_result("out.values", out[0], num_tiles, "n tile_size head_dim", torch.int8)
+        self._check_result("out.scales", out[1], num_tiles, "n tile_size", torch.float32)
+        return QuantizedKV(*out)
+
+    def checked(
+        self, name: str, tiles: torch.Tensor, scales: torch.Tensor | None, num_tiles: int | None
+    ) -> TileContent:
+        """What `put` and `put_batch` were given as what is stored: checked, and quantised where it must be."""
+        leading = "" if num_tiles is None else "n "
+        shapes = self._shapes(num_tiles)
+        shapes.check(name, tiles, f"{leading}tile_size head_dim")
+        check_device(name, tiles, self.values.device, "the cache")
+        check_no_grad(**{name: tiles})
+        if self.scales is None and scales is not None:
+            raise ValueError(f"scales must be None for {dtype_name(self.geometry.dtype)} tiles, got a tensor.")
+        if self.scales is None:
+            check_dtype(name, tiles, self.geometry.dtype)
+            return TileContent(tiles, None)
+        if scales is None:
+            floating = [dtype for dtype in TILE_DTYPES if dtype.is_floating_point]
+            check_dtype(name, tiles, *floating, remedy="Pass scales to store codes as they are.")
+            return _quantised(tiles)
+        check_dtype(name, tiles, torch.int8, remedy="Without scales it is quantised on the way in.")
+        shapes.check("scales", scales, f"{leading}tile_size")
+        check_dtype("scales", scales, torch.float32)
+        check_device("scales", scales, self.values.device, "the cache")
+        check_no_grad(scales=scales)
+        return TileContent(tiles, scales)
+
+    def _check_result(self, name: str, out: object, num_tiles: int, pattern: str, dtype: torch.dtype) -> None:
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(out).__name__}.")
+        self._shapes(num_tiles).check(name, out, pattern)
+        check_dtype(name, out, dtype)
+        check_device(name, out, self.values.device, "the cache")
+        check_writable(name, out)
+        if out.requires_grad:
+            raise ValueError(f"{name} must not require a gradient, got requires_grad=True. Pass {name}.detach().")
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name} must not be an inference tensor outside inference mode. Pass {name}.clone().")
+
+    def _shapes(self, num_tiles: int | None) -> Shapes:
+        shapes = Shapes()
+        shapes.bind("tile_size", self.geometry.tile_size, "the cache")
+        shapes.bind("head_dim", self.geometry.head_dim, "the cache")
+        if num_tiles is not None:
+            shapes.bind("n", num_tiles, "keys")
+        return shapes
+
+    def _new_copy_of(self, slot: int) -> Callable[[], Tile]:
+        copy_values: Callable[[], torch.Tensor] = _inference_alias(self.values, slot).clone
+        if self.scales is None:
+            return copy_values
+        copy_scales: Callable[[], torch.Tensor] = _inference_alias(self.scales, slot).clone
+        return lambda: QuantizedKV(copy_values(), copy_scales())
+
+
+def _inference_alias(slab: torch.Tensor, slot: int) -> torch.Tensor:
+    """One tile in place, as an inference tensor: a copy of it is made sooner, since it does not pass autograd."""
+    with torch.inference_mode():
+        alias = torch.empty(0, dtype=slab.dtype)
+        return alias.set_(slab.untyped_storage(), slot * slab.stride(0), slab.shape[1:], slab.stride()[1:])
+
+
+def _quantised(tiles: torch.Tensor) -> TileContent:
+    *leading, head_dim = tiles.shape
+    # The shape is spelt out: with no tiles at all there is nothing that -1 could be worked out from.
+    rows = tiles.reshape(int(np.prod(leading)), 1, head_dim)
+    codes, scales = quantize_kv(rows if rows.stride(-1) == 1 else rows.contiguous(), torch.int8)
+    return TileContent(codes.view(tiles.shape), scales.view(leading))

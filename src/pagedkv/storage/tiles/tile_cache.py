@@ -1,0 +1,414 @@
+"""A cache of tiles on one device: pages of keys and values, and a table of which beam's tile is on which page."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...shapes import Shapes, check_int
+from .tile_buffers import Tile, TileBuffers
+from .tile_file import read_tile_file, write_tile_file
+from .tile_geometry import TileGeometry
+from .tile_integrity import check_tiles
+from .tile_key import check_part
+from .tile_ledger import TileLedger
+from .tile_owner import OnEvict, TileOwner
+from .tile_page_table import PageIds, TilePageTable, check_index
+from .tile_record import POOL
+from .tile_snapshot import check_snapshot, load_snapshot, take_snapshot
+from .tile_span import beam_indices, check_span, parent_indices, touched_tiles
+
+__all__ = ["TileCache", "TileCacheStats"]
+
+
+class TileCacheStats(NamedTuple):
+    """Counts of pages now, and of what happened since the cache exists.
+
+    num_used counts pages that are not free, num_shared those that more than one beam names. A hit or a miss is one tile
+    that was asked for by `get` or `pinned_pages`; an eviction is one page.
+    """
+
+    num_pages: int
+    num_used: int
+    num_free: int
+    num_pinned: int
+    num_shared: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class TileCache:
+    """Keys and values of beams in pages of one tile each, shared between beams until one of them writes.
+
+    Shapes: key_pages [num_pages, tile_size, head_dim]; value_pages [num_pages, tile_size, value_dim]; for int8
+            key_scales and value_scales [num_pages, 1, tile_size] float32, else None. num_heads counts KV heads,
+            num_tiles the tiles that a beam may have at most. Pages start uninitialised.
+    Pages:  a page is of one (head, tile), of all beams with that page in `table`. When no page is free, the one used
+            longest ago that is not pinned goes; `on_evict(beams, head, tile, key, value)` gets copies of it first, and
+            if that raises, the call fails and nothing has changed. Inside of it the cache may be read, not changed.
+    Pins:   are on pages. A pinned page is not evicted and not given away: when its beams drop it, move or are removed,
+            it stays as it is until the last unpin.
+    Lock:   one, around every call: any number of threads may call anything. What `get` gives is the caller's own; a
+            view or page ids are good for as long as they are pinned.
+    Owns:   pages and `table`, which is for reading: it changes through the cache alone. A call that raises has changed
+            nothing.
+    Raises: ValueError, TypeError for bad input; OutOfPagesError when all pages that could go are pinned or needed.
+
+    >>> cache = TileCache(8, 16, 64, num_beams=2, num_heads=1, num_tiles=4)
+    >>> cache.store(torch.ones(1, 1, 3, 64), torch.ones(1, 1, 3, 64), torch.tensor([0]), torch.tensor([1]))
+    >>> cache.fork(1, 0)
+    >>> cache.get(0, 0, 0, "k")[:3].sum().item(), len(cache)
+    (192.0, 1)
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        tile_size: int,
+        head_dim: int,
+        *,
+        num_beams: int,
+        num_heads: int,
+        num_tiles: int,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | int = "cpu",
+        on_evict: OnEvict | None = None,
+    ) -> None:
+        check_int("num_pages", num_pages, minimum=1)
+        if on_evict is not None and not callable(on_evict):
+            raise TypeError(f"on_evict must be callable, got {type(on_evict).__name__}.")
+        self.geometry = TileGeometry(tile_size, head_dim, head_dim if value_dim is None else value_dim, dtype)
+        self.table = TilePageTable(num_beams, num_heads, num_tiles, device=device)
+        self._buffers = TileBuffers(self.geometry, num_pages, device)
+        self._ledger = TileLedger(num_pages, self.table)
+        self._owner = TileOwner(self._ledger, self._buffers, on_evict)
+        # What `pin` and `get_for_write` hold, by the names they were called with: (page, whether to write).
+        self._pins: dict[tuple[int, int, int], list[tuple[int, bool]]] = {}
+        self._hits = self._misses = 0
+        self._lock = threading.RLock()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache, used and free."""
+        return self._ledger.num_pages
+
+    @property
+    def capacity(self) -> int:
+        """The same as `num_pages`."""
+        return self._ledger.num_pages
+
+    @property
+    def num_beams(self) -> int:
+        """How many beams it has rows for."""
+        return self.table.num_beams
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads a beam."""
+        return self.table.num_heads
+
+    @property
+    def num_tiles(self) -> int:
+        """The most tiles a beam may have."""
+        return self.table.num_tiles
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self._buffers.device
+
+    @property
+    def key_pages(self) -> torch.Tensor:
+        """[num_pages, tile_size, head_dim]."""
+        return self._buffers.key_pages
+
+    @property
+    def value_pages(self) -> torch.Tensor:
+        """[num_pages, tile_size, value_dim]."""
+        return self._buffers.value_pages
+
+    @property
+    def key_scales(self) -> torch.Tensor | None:
+        """[num_pages, 1, tile_size] float32 for int8, else None."""
+        return self._buffers.key_scales
+
+    @property
+    def value_scales(self) -> torch.Tensor | None:
+        """[num_pages, 1, tile_size] float32 for int8, else None."""
+        return self._buffers.value_scales
+
+    def register_tile(self, beam: int, head: int, tile: int) -> int:
+        """The page of a tile, which becomes the most recently used; a new page, with any content, if it has none."""
+        self.table.check(beam, head, tile)
+        with self._changing():
+            page = int(self.table.entries[beam, head, tile])
+            if page < 0:
+                page = self._owner.own_tile(beam, head, tile)
+            self._ledger.use.touch_page(page)
+            return page
+
+    def get(self, beam: int, head: int, tile: int, part: str) -> Tile | None:
+        """A copy of the keys ("k") or values ("v") of a tile, codes and scales for int8; None if it is not there."""
+        self.table.check(beam, head, tile)
+        check_part(part)
+        with self._lock:
+            page = int(self.table.entries[beam, head, tile])
+            if page < 0:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._ledger.use.touch_page(page)
+            return self._buffers.read(page, part)
+
+    def get_for_write(self, beam: int, head: int, tile: int, part: str) -> Tile:
+        """The keys or values of a tile where they lie, to be written; codes and scales for int8.
+
+        The page is this beam's alone, copied if it was shared, and new, with any content, if there was none. It is
+        pinned once by each call, until `unpin(beam, head, tile)`, and no other beam can come to share it before.
+        """
+        self.table.check(beam, head, tile)
+        check_part(part)
+        with self._changing():
+            page = self._pin_for_write(beam, head, tile)
+            self._pins.setdefault((beam, head, tile), []).append((page, True))
+            return self._buffers.view(page, part)
+
+    @contextmanager
+    def writing(self, beam: int, head: int, tile: int) -> Iterator[tuple[Tile, Tile]]:
+        """Keys and values as `get_for_write` gives them, until the end of the block."""
+        self.table.check(beam, head, tile)
+        with self._changing():
+            page = self._pin_for_write(beam, head, tile)
+            views = self._buffers.view(page, "k"), self._buffers.view(page, "v")
+        try:
+            yield views
+        finally:
+            with self._lock:
+                self._ledger.unpin(np.array([page]), writes=True)
+
+    def pin(self, beam: int, head: int, tile: int) -> int:
+        """Keeps the page of a tile from eviction until `unpin`, once for each call; returns the page.
+
+        Raises: KeyError when the tile is not there.
+        """
+        self.table.check(beam, head, tile)
+        with self._changing():
+            page = int(self.table.entries[beam, head, tile])
+            if page < 0:
+                raise KeyError(f"tile {(beam, head, tile)} must be in the cache, got one that is not.")
+            self._ledger.pin(page)
+            self._pins.setdefault((beam, head, tile), []).append((page, False))
+            return page
+
+    def unpin(self, beam: int, head: int, tile: int) -> None:
+        """Undoes the latest `pin` or `get_for_write` of the same three numbers, whatever page the beam has by now.
+
+        Raises: ValueError when there is none.
+        """
+        self.table.check(beam, head, tile)
+        with self._changing():
+            held = self._pins.get((beam, head, tile))
+            if not held:
+                raise ValueError(f"tile {(beam, head, tile)} must be pinned, got one that is not.")
+            page, writes = held.pop()
+            if not held:
+                del self._pins[beam, head, tile]
+            self._ledger.unpin(np.array([page]), writes=writes)
+
+    @contextmanager
+    def pinned_pages(self, beam_ids: torch.Tensor | None, num_tiles: int) -> Iterator[torch.Tensor]:
+        """Page ids of the first tiles of R beams; until the end of the block each of these pages stays this tile.
+
+        Their beam may still write new tokens into them. The tiles count as used, in the order in which they stand.
+
+        Shapes: beam_ids [R] int64, beams in any order and repeated at will, None for all; the result
+                [R, num_heads, num_tiles] int32 on the cache's device, -1 for a tile that is not there.
+        """
+        beams = beam_indices(Shapes(), beam_ids, self.num_beams, self.device, "R")
+        check_index("num_tiles", num_tiles, self.num_tiles + 1)
+        with self._changing():
+            rows = self.table.entries[beams, :, :num_tiles]
+            present = rows[rows >= 0]
+            pages = self._ledger.distinct(present)
+            self._hits += present.size
+            self._misses += rows.size - present.size
+            ids = self.table.device_table[:, :, :num_tiles].index_select(0, torch.from_numpy(beams).to(self.device))
+            self._ledger.use.touch(present)
+            self._ledger.pin(pages)
+        try:
+            yield ids
+        finally:
+            with self._lock:
+                self._ledger.unpin(pages)
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        first_tokens: torch.Tensor,
+        beam_ids: torch.Tensor | None = None,
+    ) -> None:
+        """Writes n new tokens of each of R beams; tiles that are not there come to be, shared ones are copied first.
+
+        Shapes: key [R, num_heads, n, head_dim], value [R, num_heads, n, value_dim], first_tokens [R] int64, the
+                position of the first of the n tokens of each row; beam_ids [R] int64, no beam twice, None for all.
+        Dtype:  that of the cache; for int8 float32, float16 or bfloat16, quantised as `pagedkv.store_kv` does.
+        Owns:   writes only the named tokens. A tile that this call needs is not evicted by it.
+        """
+        span = check_span(self.geometry, self.table, self.device, key, value, first_tokens, beam_ids)
+        if not span.num_tokens or not span.beams.size:
+            return
+        with self._changing():
+            beams, tiles = touched_tiles(span)
+            self._ledger.use.touch(self._owner.own_all_heads(beams, tiles))
+            slots = span.slots(self.table.entries)
+            tokens, values = key.reshape(-1, 1, key.shape[3]), value.reshape(-1, 1, value.shape[3])
+            self._buffers.store(tokens, values, slots)
+
+    def fork(self, src: int, dst: int) -> None:
+        """Lets beam `dst`, which must have no tiles, share all tiles of beam `src`.
+
+        Raises: ValueError when dst has tiles, is src, or when a tile of src is pinned to be written.
+        """
+        for name, beam in (("src", src), ("dst", dst)):
+            check_index(name, beam, self.num_beams)
+        if src == dst:
+            raise ValueError(f"dst must be another beam than src, got {dst} for both.")
+        with self._changing():
+            entries = self.table.entries
+            num_held = int((entries[dst] >= 0).sum())
+            if num_held:
+                raise ValueError(f"beam {dst} must have no tiles, got {num_held}. Call remove_beam first.")
+            pages = entries[src][entries[src] >= 0]
+            num_names = self._ledger.num_names.copy()
+            num_names[pages] += 1
+            self._check_not_written(num_names)
+            entries[dst] = entries[src]
+            self.table.mark_beams(dst, dst + 1)
+            self._ledger.rename(num_names)
+
+    def reorder(self, parents: Sequence[int] | torch.Tensor) -> None:
+        """Gives every beam b the tiles that beam parents[b] has, all at once; tiles that no beam has now are dropped.
+
+        Raises: ValueError when two beams would share a tile that is pinned to be written.
+        """
+        rows = parent_indices(parents, self.num_beams)
+        with self._changing():
+            moved = np.flatnonzero(rows != np.arange(self.num_beams))
+            if not moved.size:
+                return
+            entries = self.table.entries[rows]
+            num_names = self._ledger.count_names(entries)
+            self._check_not_written(num_names)
+            self.table.entries[:] = entries
+            self.table.mark_beams(int(moved[0]), int(moved[-1]) + 1)
+            self._ledger.rename(num_names)
+
+    def remove(self, beam: int, head: int, tile: int) -> bool:
+        """Takes a tile from a beam; returns whether there was one."""
+        self.table.check(beam, head, tile)
+        with self._changing():
+            page = self.table.remove(beam, head, tile)
+            if page >= 0:
+                self._ledger.forget(np.array([page]))
+            return page >= 0
+
+    def remove_beam(self, beam: int) -> int:
+        """Takes all tiles from a beam; returns how many these were."""
+        check_index("beam", beam, self.num_beams)
+        with self._changing():
+            row = self.table.entries[beam]
+            pages = row[row >= 0]
+            row[:] = -1
+            self.table.mark_beams(beam, beam + 1)
+            self._ledger.forget(pages)
+            return int(pages.size)
+
+    def clear(self) -> None:
+        """Takes all tiles from all beams; what is pinned stays until it is not."""
+        with self._changing():
+            self.table.clear()
+            self._ledger.rename(np.zeros(self.num_pages, np.int32))
+
+    def contains(self, beam: int, head: int, tile: int) -> bool:
+        """Whether a tile is there; does not count as a use."""
+        with self._lock:
+            return self.table.lookup(beam, head, tile) >= 0
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self.num_pages - len(self._ledger.free)
+
+    def stats(self) -> TileCacheStats:
+        """Counts of pages, hits, misses and evictions, all of one moment."""
+        with self._lock:
+            num_free, num_shared = len(self._ledger.free), int(np.count_nonzero(self._ledger.num_names > 1))
+            used = self.num_pages - num_free
+            now = self.num_pages, used, num_free, self._ledger.num_pinned, num_shared
+            return TileCacheStats(*now, self._hits, self._misses, self._owner.num_evictions)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all tiles, who shares them and their order of use to a file; see docs/tile_format.md.
+
+        The content is that of one moment; other calls wait while it is copied, not while it is written.
+        """
+        with self._lock:
+            record = take_snapshot(self._ledger, self._buffers)
+        write_tile_file(path, record)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replaces all tiles by those of a file of the same geometry that fits; all or nothing.
+
+        Raises: ValueError when something is pinned, or when the file holds another geometry or more than fits;
+                CorruptPageError when it is damaged.
+        """
+        record = read_tile_file(path, kind=POOL, geometry=self.geometry, capacity=self.num_pages)
+        check_snapshot(record, self.table)
+        with self._changing():
+            num_pinned = self._ledger.num_pinned
+            if num_pinned:
+                raise ValueError(f"no page may be pinned while a cache is loaded, got {num_pinned}. Unpin them first.")
+            load_snapshot(record, self._ledger, self._buffers)
+
+    def check(self) -> None:
+        """Proves that the books agree: see tile_integrity.py. For tests: it passes over all pages and the whole table.
+
+        Raises: IntegrityError that quotes the sentence that does not hold, and the evidence.
+        """
+        with self._lock:
+            check_tiles(self._ledger, self._pins)
+
+    def __repr__(self) -> str:
+        return f"TileCache({self.num_pages}, {self.geometry}, table={self.table}, num_used={len(self)})"
+
+    def _changing(self) -> AbstractContextManager[object]:
+        """The lock, for a call that changes the cache; on_evict, which runs inside of one, must not make another."""
+        if self._owner.announcing_thread == threading.get_ident():
+            raise RuntimeError("the cache must not be changed by its on_evict, got a call from inside of it.")
+        return self._lock
+
+    def _pin_for_write(self, beam: int, head: int, tile: int) -> int:
+        page = int(self.table.entries[beam, head, tile])
+        if page < 0 or self._ledger.num_names[page] > 1:
+            page = self._owner.own_tile(beam, head, tile)
+        self._ledger.use.touch_page(page)
+        self._ledger.pin(page, writes=True)
+        return page
+
+    def _check_not_written(self, num_names: PageIds) -> None:
+        """Refuses new counts of names under which somebody would write what two beams share."""
+        written = np.flatnonzero((self._ledger.num_writers > 0) & (num_names > 1))
+        if written.size:
+            head, tile = divmod(int(self._ledger.tile_of[written[0]]), self.num_tiles)
+            raise ValueError(
+                f"a tile must not be shared while it is pinned to be written, got tile {tile} of head {head}. "
+                "Unpin it first."
+            )

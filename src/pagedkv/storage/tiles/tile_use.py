@@ -1,0 +1,71 @@
+"""When each page of a tile cache was last used, and which were used longest ago."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .tile_page_table import Indices, PageIds
+
+__all__ = ["TileUse"]
+
+# A pass over 65,536 pages takes 0.7 ms, one over a queue of this length 0.02 ms.
+_QUEUE_LENGTH = 4096
+
+
+class TileUse:
+    """A clock that grows with each use, and the time of the last use of every page.
+
+    Using a page is one assignment, whole batches of pages are one too; order is made only when a page must be found.
+    Then the pages used longest ago are queued, and a queued page counts for as long as its time is the one it was
+    queued with: whatever is used later is younger than the whole queue.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.last_used = np.zeros(num_pages, np.int64)
+        self.clock = 0
+        self._queue = np.empty(0, np.int64)
+        self._queue_times = np.empty(0, np.int64)
+        self._queued_at = 0
+
+    def touch(self, pages: PageIds) -> None:
+        """Makes pages the most recently used, the last of them the most; a duplicate counts where it stands last."""
+        self.last_used[pages] = np.arange(self.clock, self.clock + pages.size)
+        self.clock += pages.size
+
+    def touch_page(self, page: int) -> None:
+        """Makes a page the most recently used one."""
+        self.last_used[page] = self.clock
+        self.clock += 1
+
+    def oldest(self, count: int, may_go: npt.NDArray[np.bool_], kept: Indices) -> Indices:
+        """The `count` pages used longest ago among those that may go and are not kept, the oldest first; or fewer.
+
+        may_go [num_pages] must grow only through `let_go` between two calls, apart from pages that were used since.
+        """
+        found = self._still_queued(may_go, kept)
+        if found.size < count:
+            self._fill_queue(np.flatnonzero(may_go), max(count + kept.size, _QUEUE_LENGTH))
+            found = self._still_queued(may_go, kept)
+        return found[:count]
+
+    def let_go(self, pages: PageIds) -> None:
+        """Says that pages may go which before might not: the queue was made without them if it is younger."""
+        if self._queue.size and pages.size and self.last_used[pages].min() < self._queued_at:
+            self._queue = self._queue_times = np.empty(0, np.int64)
+
+    def _still_queued(self, may_go: npt.NDArray[np.bool_], kept: Indices) -> Indices:
+        unused = self.last_used[self._queue] == self._queue_times
+        self._queue, self._queue_times = self._queue[unused], self._queue_times[unused]
+        counts = may_go[self._queue]
+        if kept.size and self._queue.size:
+            counts &= ~np.isin(self._queue, kept)
+        return self._queue[counts]
+
+    def _fill_queue(self, pages: Indices, length: int) -> None:
+        times = self.last_used[pages]
+        if length < pages.size:
+            oldest = np.argpartition(times, length - 1)[:length]
+            pages, times = pages[oldest], times[oldest]
+        order = np.argsort(times)
+        self._queue, self._queue_times, self._queued_at = pages[order], times[order], self.clock
