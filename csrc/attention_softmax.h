@@ -89,7 +89,7 @@ inline unsigned variants_in_use(const Call& call, std::index_sequence<kNth...>) 
 /// The softmax with just the variants that a call uses.
 inline Softmax softmax_of(const Call& call) {
   static constexpr auto kAll = all_softmaxes(std::make_integer_sequence<unsigned, 2u << kNumVariants>{});
-  const unsigned table = call.exp_table.entries ? 1u << kNumVariants : 0u;
+  const unsigned table = call.exp_table.num_steps > 0 ? 1u << kNumVariants : 0u;
   return kAll[variants_in_use(call, std::make_index_sequence<kNumVariants>{}) | table];
 }
 

@@ -11,6 +11,9 @@ struct ExpTable {
   float num_steps = 0, last_power = 0, steps_per_unit = 0;
 };
 
+/// e^x below it rounds to 0, where a coarse table would still interpolate.
+constexpr float kVanished = -104.0f;
+
 inline Vec exp_by_table(const ExpTable& table, Vec x) {
   const Vec num_steps = broadcast(table.num_steps);
   const Vec steps = mul(x, broadcast(-table.steps_per_unit));
@@ -20,7 +23,8 @@ inline Vec exp_by_table(const ExpTable& table, Vec x) {
   const Vec below = min(truncated(place), broadcast(table.num_steps - 1));
   const Vec low = gather(table.entries, below), high = gather(table.entries + 1, below);
   const Vec result = mul(fma(sub(place, below), sub(high, low), low), gather(table.powers, ranges));
-  return where_less(x, broadcast(1.0f), result, x);
+  const Vec whole = where_less(x, broadcast(kVanished), zero(), result);
+  return where_less(x, broadcast(1.0f), whole, x);
 }
 
 }  // namespace pagedkv

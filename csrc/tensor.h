@@ -11,9 +11,12 @@ namespace pagedkv {
 
 using tvm::ffi::TensorView;
 
-/// First element, the byte offset of the view included.
+/// First element, the byte offset of the view included. Tensors that only stand for others, and those whose memory was taken
+/// away, have elements and no address.
 template <typename T>
 inline T* data(const TensorView& tensor) {
+  if (tensor.data_ptr() == nullptr && tensor.numel() > 0)
+    TVM_FFI_THROW(ValueError) << "tensors must have memory, got one of " << tensor.numel() << " elements without an address.";
   return reinterpret_cast<T*>(static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset());
 }
 

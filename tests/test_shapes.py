@@ -34,6 +34,20 @@ def test_check_rejects_rank_and_literal_size():
         Shapes().check("cache", torch.zeros(4, 3, 1), "N 2 P")
 
 
+@pytest.mark.parametrize(
+    "odd, words",
+    [
+        (torch.zeros(2, 3).to_sparse(), "layout sparse_coo"),
+        (torch.zeros(2, 3).to_mkldnn(), "layout _mkldnn"),
+        (torch.nested.nested_tensor([torch.zeros(3), torch.zeros(3)], layout=torch.jagged), "a nested tensor"),
+    ],
+    ids=["sparse", "mkldnn", "nested"],
+)
+def test_check_rejects_what_has_no_strides(odd, words):
+    with pytest.raises(TypeError, match=rf"key must be a dense tensor \(layout strided\), got {words}\."):
+        Shapes().check("key", odd, "T D")
+
+
 def test_check_rejects_a_size_that_one_tensor_contradicts_itself_on():
     with pytest.raises(ValueError, match=r"square must have shape \[A, A\], got \[2, 3\]"):
         Shapes().check("square", torch.zeros(2, 3), "A A")

@@ -52,6 +52,9 @@ class Shapes:
         """Checks `tensor` against space-separated symbols or numbers; raises TypeError or ValueError, naming `name`."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            what = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
+            raise TypeError(f"{name} must be a dense tensor (layout strided), got {what}.")
         if not torch.compiler.is_compiling() and tensor.is_neg():
             raise ValueError(f"{name} must hold its values as they are, got a negated view. Pass {name}.resolve_neg().")
         symbols = pattern.split()

@@ -1,7 +1,9 @@
 """The table of exponentials: its bound, its ends, and a softmax made of it."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +79,81 @@ def test_ends():
 def test_what_makes_no_table(arguments, error, words):
     with pytest.raises(error, match=words):
         ExpTable(*arguments)
+
+
+@pytest.mark.parametrize("table", [ExpTable(2, 27.0), ExpTable(2, 69.29056), ExpTable(2, 104.0)], ids=str)
+def test_coarse_tables_vanish_where_the_exponential_does(table, any_backend):
+    assert table.exp(torch.tensor([-104.1, -120.0, -1e5])).tolist() == [0.0, 0.0, 0.0]
+    # Two keys, the logit of one 105 below the other's: its value must not show.
+    pages = torch.zeros(1, 2, 1, 8)
+    pages[0, 1, 0, 0] = -105.0
+    values = torch.zeros(1, 2, 1, 8)
+    values[0, 1] = 1e30
+    table_of_pages = pagedkv.PageTable.from_rows([[0]], [2], 2)
+    plan = pagedkv.plan_attention(
+        torch.tensor([0, 1], dtype=torch.int32), table_of_pages, num_q_heads=1, num_kv_heads=1, head_dim=8
+    )
+    query = torch.zeros(1, 1, 8)
+    query[..., 0] = 1.0
+    out = pagedkv.paged_attention(query, pages, values, plan, sm_scale=1.0, softmax=table, backend=any_backend)
+    assert torch.equal(out, torch.zeros(1, 1, 8))
+
+
+@pytest.mark.parametrize("number", [np.float16(10), np.float32(10), np.float64(10), np.int64(10), 10, Fraction(10)])
+def test_any_number_makes_the_same_table(number):
+    table = ExpTable(1024, number)
+    assert table == ExpTable()
+    assert type(table.max_distance) is float
+    x = torch.linspace(-20, 0, 1000)
+    assert torch.equal(table.exp(x), ExpTable().exp(x))
+
+
+def use_in_a_transform(table):
+    torch.func.grad(lambda x: table.exp(x).sum())(torch.tensor([-1.0, -2.0]))
+
+
+def use_in_an_export(table):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return table.exp(x)
+
+    torch.export.export(Module(), (torch.tensor([-1.0, -2.0]),))
+
+
+def use_of_fake_tensors(table):
+    with torch._subclasses.FakeTensorMode():
+        table.exp(torch.zeros(3))
+
+
+def use_on_a_default_device(table):
+    with torch.device("meta"):
+        table.exp(torch.zeros(3, device="cpu"))
+
+
+def use_in_inference_mode(table):
+    with torch.inference_mode():
+        table.exp(torch.zeros(3))
+
+
+FIRST_USES = [
+    use_in_a_transform,
+    use_in_an_export,
+    use_of_fake_tensors,
+    use_on_a_default_device,
+    use_in_inference_mode,
+]
+
+
+@pytest.mark.parametrize("nth, use", list(enumerate(FIRST_USES)), ids=[use.__name__ for use in FIRST_USES])
+def test_first_use_in_any_mode_leaves_a_table_for_all_others(nth, use, any_backend):
+    table = ExpTable(50 + nth, 4.0 + (any_backend == "reference"))  # of no other test
+    use(table)
+    x = torch.linspace(-9, 0, 100)
+    error = (table.exp(x).double() / torch.exp(x.double()) - 1).abs().max()
+    assert 0 < float(error) <= table.max_relative_error
+    batch = attention_batch([1], [40])
+    arguments = batch.query, batch.key_pages, batch.value_pages, batch.plan
+    assert_attention_close(batch.run(backend=any_backend, softmax=table), *arguments, softmax=table)
 
 
 def test_integers_have_no_exponential():

@@ -116,6 +116,13 @@ if WITH_CORE:
         pagedkv.copy_pages(*pages, torch.arange(70), torch.arange(69, -1, -1), backend="cpu")
         assert same_bits(pages[1, :70], before[0, :70].flip(0))
 
+    def test_memory_that_was_taken_away_is_refused():
+        freed = torch.zeros(2, 4, 1, 8)
+        freed.untyped_storage().resize_(0)
+        key = torch.ones(1, 1, 8)
+        with pytest.raises(ValueError, match="tensors must have memory, got one of 64 elements without an address"):
+            pagedkv.store_kv(key, key, torch.zeros(2, 4, 1, 8), freed, torch.tensor([0]), backend="cpu")
+
     def test_the_best_instruction_set_is_the_default(monkeypatch):
         monkeypatch.delenv("PAGEDKV_CPU_ISA", raising=False)
         assert native.core_isa() == native.available_isas()[0]

@@ -304,6 +304,11 @@ REFUSED = {
         ValueError,
         r"key_pages must not be expanded, got stride 0 in dim 0 of \[4, 8, 2, 16\]",
     ),
+    "pages that lie over each other": (
+        {"key_pages": torch.zeros(2000).as_strided((4, 8, 2, 16), (128, 16, 64, 1))},
+        ValueError,
+        r"key_pages must not overlap itself, got strides \[128, 16, 64, 1\] of \[4, 8, 2, 16\]",
+    ),
     "pages of three dims": (
         {"key_pages": torch.zeros(32, 2, 16)},
         ValueError,

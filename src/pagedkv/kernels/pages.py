@@ -66,11 +66,17 @@ def check_kv_pages(
 
 
 def check_writable(name: str, pages: torch.Tensor) -> None:
-    """Refuses an expanded tensor: one place in memory would be many slots."""
-    if pages.numel() and 0 in pages.stride():
-        for dim, (num_items, stride) in enumerate(zip(pages.shape, pages.stride(), strict=True)):
-            if stride == 0 and num_items > 1:
-                raise ValueError(f"{name} must not be expanded, got stride 0 in dim {dim} of {list(pages.shape)}.")
+    """Refuses a tensor two of whose elements may be one place in memory: an expanded one, or strides that do not nest."""
+    if pages.is_contiguous() or not pages.numel():
+        return
+    shape, strides = pages.shape, pages.stride()
+    reach = 0  # the farthest element of the dims so far
+    for stride, num_items, dim in sorted((strides[dim], shape[dim], dim) for dim in range(len(shape))):
+        if num_items > 1 and stride == 0:
+            raise ValueError(f"{name} must not be expanded, got stride 0 in dim {dim} of {list(shape)}.")
+        if num_items > 1 and stride <= reach:
+            raise ValueError(f"{name} must not overlap itself, got strides {list(strides)} of {list(shape)}.")
+        reach += (num_items - 1) * stride
 
 
 def mark_written(*tensors: torch.Tensor) -> None:

@@ -6,12 +6,12 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from ..shapes import Shapes, check_device, check_dtype, check_floating, check_int, check_last_dim_contiguous
 from .backend import OpCall, select
+from .kept_tensors import kept_tensors
 from .pages import check_no_grad
 
 __all__ = ["Llama31Scaling", "RotaryEmbedding", "apply_rope", "check_rope", "cos_sin_table"]
@@ -147,17 +147,15 @@ def cos_sin_table(rope: RotaryEmbedding, num_positions: int, device: torch.devic
     """
     check_int("num_positions", num_positions, minimum=0)
     rows: int = 1 << max(num_positions - 1, 0).bit_length()
-    table = _table(rope, rows, torch.device(device))
+    (table,) = _table(rope, rows, torch.device(device))
     return table if rows == num_positions else table[:num_positions]
 
 
 # A model has one or two embeddings; a table of 128 ki positions and 128 columns is 64 MiB.
-@lru_cache(maxsize=8)
-def _table(rope: RotaryEmbedding, rows: int, device: torch.device) -> torch.Tensor:
-    # The first caller's inference mode must not decide what later callers may do with the table.
-    with torch.inference_mode(False):
-        angles = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), rope.inverse_frequencies())
-        return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+@kept_tensors(maxsize=8)
+def _table(rope: RotaryEmbedding, rows: int, device: torch.device) -> tuple[torch.Tensor]:
+    angles = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), rope.inverse_frequencies())
+    return (torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device),)
 
 
 def _apply_rope(x: torch.Tensor, positions: torch.Tensor, rope: RotaryEmbedding, backend: str) -> torch.Tensor:
