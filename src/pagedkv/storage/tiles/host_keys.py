@@ -24,7 +24,7 @@ def check_tile_keys(keys: Iterable[object]) -> list[Key]:
 
 def rows_of_keys(keys: list[Key]) -> torch.Tensor:
     """[m, 4] int64: sequence, head, tile, and 0 for "k", 1 for "v"."""
-    return torch.tensor([(*key[:3], PARTS.index(key[3])) for key in keys], dtype=torch.int64).view(-1, 4)
+    return torch.tensor([(*key[:3], PARTS.index(key[3])) for key in keys], dtype=torch.int64, device="cpu").view(-1, 4)
 
 
 def keys_of_rows(rows: torch.Tensor) -> list[Key]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ...kernels.quantize import QuantizedKV
 from ...shapes import check_int
-from .host_keys import check_tile_keys, keys_of_rows, rows_of_keys
-from .host_slots import HostSlots, Key
+from .host_file import load_host_tiles, save_host_tiles
+from .host_keys import check_tile_keys
+from .host_slots import HostSlots, Key, SlotIds
 from .host_tiles import HostTiles, Tile, TileContent
-from .tile_file import read_tile_file, write_tile_file
+from .host_turns import HostTurns
+from .host_victims import choose_victims
 from .tile_geometry import TileGeometry
 from .tile_key import MAX_INDEX, TileKey, check_tile_key
-from .tile_record import HOST, TileRecord
 
 __all__ = ["HostTileCache", "HostTileStats"]
 
@@ -52,12 +51,16 @@ class HostTileCache:
              scale a token; codes with scales [tile_size] float32 are moved bitwise. What is read is a QuantizedKV then.
     Evicts:  a put without room drops keys, the least recently used first, until there is; never a pinned tile and never
              a key of the same put. `on_evict(key, tile)` gets each before any is dropped, with a copy of its own; what
-             it raises fails the put, and nothing has changed. It may read this cache, not change it.
+             it raises fails the put, and nothing has changed. Inside of it the cache may be read, not changed.
     Owns:    what get and get_batch return is the caller's. `pinned` gives a view that stays as it is meanwhile.
     Threads: any number may read and write. One lock is over the books and over the copy of a single tile; batches are
-             copied outside of it, from slots that are marked as being read, to slots that no key names yet. So readers
-             do not wait for each other's batches; writers take turns, and a reader waits for a batch that is being put
-             only where that takes the slot of the very tile that is asked for. `on_evict` runs under the lock.
+             copied outside of it, from slots that are noted as being read to slots that are noted as being written. So
+             readers do not wait for each other's batches; writers take turns, and a reader waits for a batch that is
+             being put only where it asks for a tile that this writes over. `on_evict` runs under the lock. A signal
+             handler or finalizer that comes in the midst of a call may read, too; a change raises RuntimeError.
+    Interrupts (KeyboardInterrupt and the like): the books stay whole, and every tile that can be read is one that was
+             put. A put that is interrupted may be done, or not, or have cost tiles: those that it evicted and those
+             that it wrote over; a load, all.
     Raises:  ValueError, TypeError for what breaks these lines, OutOfPagesError when what is not pinned does not give
              enough room; nothing has changed then.
 
@@ -82,16 +85,9 @@ class HostTileCache:
         self._geometry = TileGeometry(tile_size, head_dim, head_dim, dtype)
         self._on_evict = on_evict
         self._tiles = HostTiles(capacity, self._geometry)
-        self._copies = self._tiles.copies
         self._slots = HostSlots(capacity)
-        self._by_key = self._slots.by_key
-        self._lock = threading.RLock()
-        # Told when reads of a batch end and when a batch is put.
-        self._changed = threading.Condition(self._lock)
-        self._is_putting = False
-        self._is_evicting = False
-        # Keys whose slot is being written again: out of the books until it is done.
-        self._rewritten: frozenset[Key] = frozenset()
+        self._turns = HostTurns(self._slots, self._tiles)
+        self._lock, self._by_key = self._turns.lock, self._slots.by_key
         self._hits = self._misses = self._evictions = 0
 
     @property
@@ -106,18 +102,18 @@ class HostTileCache:
 
     def get(self, key: _AnyKey) -> Tile | None:
         """A copy of the tile, or None; its key is the most recently used then."""
+        turns = self._turns
         with self._lock:
             try:
-                slot = self._by_key[key]
+                if not turns.depth:
+                    self._by_key.move_to_end(key)
+                copy = turns.copies[self._by_key[key]]
             except (KeyError, TypeError):
-                if not self._has(key):
-                    self._misses += 1
-                    return None
-                slot = self._by_key[key]
-            self._by_key.move_to_end(key)
-            self._hits += 1
-            copy = self._copies[slot]
-            return self._tiles.copy_of(slot)() if copy is None else copy()
+                copy = None
+            if copy is not None:
+                self._hits += 1
+                return copy()
+        return self._get(check_tile_key(key))
 
     def get_batch(self, keys: Iterable[_AnyKey], out: Tile | None = None) -> Tile:
         """Copies of n tiles, [n, tile_size, head_dim]; the last key is the most recently used then.
@@ -127,35 +123,15 @@ class HostTileCache:
         """
         keys = list(keys)
         out = self._tiles.new_batch(len(keys)) if out is None else self._tiles.check_out(out, len(keys))
-        with self._lock:
-            slots = self._start_reading(keys)
-            self._hits += len(keys)
-            move_to_end = self._by_key.move_to_end
-            for key in keys:
-                move_to_end(key)
-        try:
-            self._tiles.read_batch(slots, out)
-        finally:
-            self._end_reading(slots)
+        self._turns.read(lambda: self._find_batch(keys), lambda slots: self._tiles.read_batch(slots, out))
         return out
 
     def put(self, key: _AnyKey, tile: torch.Tensor, scales: torch.Tensor | None = None) -> None:
         """Stores a copy of the tile under the key, in the place of what it named; it is the most recently used then."""
         key = check_tile_key(key)
         content = self._tiles.checked("tile", tile, scales, None)
-        slots = self._slots
-        with self._lock:
-            self._start_change()
-            slot = self._by_key.get(key)
-            if slot is not None and slots.is_exclusive(slot):
-                self._tiles.write(slot, content)
-                self._by_key.move_to_end(key)
-                return
-            if slots.free and not slots.num_reads[slots.free[0]]:
-                self._tiles.write(slots.free[0], content)
-                slots.publish((key,), (slots.free.popleft(),))
-                return
-        self._put([key], TileContent(*(None if part is None else part[None] for part in content)))  # type: ignore[arg-type]
+        if not self._turns.change(lambda: self._put_in_place(key, content)):
+            self._put([key], TileContent(*(None if part is None else part[None] for part in content)))  # type: ignore[arg-type]
 
     def put_batch(self, keys: Iterable[_AnyKey], tiles: torch.Tensor, scales: torch.Tensor | None = None) -> None:
         """Stores tiles [n, tile_size, head_dim] under n keys, all or none; of a key named twice the last tile counts.
@@ -167,46 +143,42 @@ class HostTileCache:
         if not self._are_known(checked):
             checked = check_tile_keys(checked)
         content = self._tiles.checked("tiles", tiles, scales, len(checked))
-        rows = dict(zip(checked, range(len(checked)), strict=True))
-        if len(rows) > self.capacity:
-            raise ValueError(f"keys must be at most {self.capacity} (the capacity), got {len(rows)}.")
-        if len(rows) < len(checked):
+        num_keys = len(set(checked))
+        if num_keys > self.capacity:
+            raise ValueError(f"keys must be at most {self.capacity} (the capacity), got {num_keys}.")
+        if num_keys < len(checked):
+            rows = dict(zip(checked, range(len(checked)), strict=True))
             checked = sorted(rows, key=rows.__getitem__)
-            kept = torch.tensor([rows[key] for key in checked])
+            kept = torch.tensor([rows[key] for key in checked], dtype=torch.int64, device="cpu")
             content = TileContent(*(None if part is None else part[kept] for part in content))  # type: ignore[arg-type]
         if checked:
             self._put(checked, content)
 
     def remove(self, key: _AnyKey) -> bool:
         """Forgets the key, pinned or not; says whether it was there."""
-        with self._lock:
-            self._start_change()
-            is_there = self._has(key)
-            if is_there:
-                self._slots.drop(key)
-            return is_there
+        key = check_tile_key(key)
+        return self._turns.change(lambda: self._slots.drop([key] if key in self._by_key else [])) > 0
 
     def remove_sequence(self, sequence: int) -> int:
         """Forgets all keys of a sequence, and says how many."""
         _check_sequence("sequence", sequence)
-        with self._lock:
-            self._start_change()
-            keys = self._slots.of_sequence(sequence)
-            for key in keys:
-                self._slots.drop(key)
-            return len(keys)
+        return self._turns.change(lambda: self._slots.drop(self._slots.of_sequence(sequence)))
 
     def clear(self) -> None:
         """Forgets every key; what was counted stays counted."""
-        with self._lock:
-            self._start_change()
-            for key in list(self._by_key):
-                self._slots.drop(key)
+        self._turns.change(lambda: self._slots.drop(list(self._by_key)))
 
     def contains(self, key: _AnyKey) -> bool:
         """Whether a tile is there; moves and counts nothing."""
         with self._lock:
-            return self._has(key)
+            return check_tile_key(key) in self._by_key
+
+    def keys_of(self, sequence: int) -> list[TileKey]:
+        """The keys of a sequence, in the order in which they came to be; moves and counts nothing."""
+        _check_sequence("sequence", sequence)
+        with self._lock:
+            self._turns.await_put()
+            return [TileKey(*key) for key in self._slots.of_sequence(sequence)]
 
     def __contains__(self, key: object) -> bool:
         return self.contains(key)  # type: ignore[arg-type]
@@ -214,32 +186,26 @@ class HostTileCache:
     def __len__(self) -> int:
         """Keys, which are more than tiles where sequences share."""
         with self._lock:
-            self._await_put()
+            self._turns.await_put()
             return len(self._by_key)
 
     def stats(self) -> HostTileStats:
         """Counts at one moment."""
         with self._lock:
-            self._await_put()
+            self._turns.await_put()
             slots = self._slots
             held = self.capacity, slots.num_tiles, len(self._by_key), slots.num_pinned, len(slots.free)
             return HostTileStats(*held, self._hits, self._misses, self._evictions)
 
     def pin(self, key: _AnyKey) -> None:
         """Keeps the tile from eviction until as many calls of `unpin`. Pins stay with the key, whatever it names."""
-        with self._lock:
-            self._refuse_while_evicting()
-            self._find(key)
-            self._slots.pin(key, 1)
+        key = check_tile_key(key)
+        self._turns.look_when_whole(key, lambda slot: self._pin(key, slot), pins=True)
 
     def unpin(self, key: _AnyKey) -> None:
         """Takes one pin off; the key may be gone meanwhile."""
         key = check_tile_key(key)
-        with self._lock:
-            self._refuse_while_evicting()
-            if key not in self._slots.pins_of_key:
-                raise ValueError(f"the key to unpin must be pinned, got {key}, which is not.")
-            self._slots.pin(key, -1)
+        self._turns.pin(lambda: self._unpin(key))
 
     @contextmanager
     def pinned(self, key: _AnyKey) -> Iterator[Tile]:
@@ -247,17 +213,13 @@ class HostTileCache:
 
         Raises: KeyError when the key is not there.
         """
-        with self._lock:
-            self._refuse_while_evicting()
-            slot = self._find(key)
-            self._by_key.move_to_end(key)
-            self._hits += 1
-            self._slots.num_views[slot] += 1
+        key, view = check_tile_key(key), object()
         try:
+            slot = self._turns.look_when_whole(key, lambda slot: self._start_view(view, key, slot), pins=True)
             yield self._tiles.view(slot)
         finally:
             with self._lock:
-                self._slots.end_view(slot)
+                self._slots.end_view(view)
 
     def fork(self, src: int, dst: int) -> None:
         """Lets sequence `dst`, which must have no tiles, share those of `src`: what either puts later is its own.
@@ -266,96 +228,78 @@ class HostTileCache:
         """
         _check_sequence("src", src)
         _check_sequence("dst", dst)
-        with self._lock:
-            self._start_change()
-            num_keys = len(self._slots.of_sequence(dst))
-            if num_keys:
-                raise ValueError(f"dst must be a sequence without tiles, got {dst}, which has {num_keys}.")
-            self._inherit({dst: src})
+        if src == dst:
+            raise ValueError(f"dst must be another sequence than src, got {dst} for both.")
+        self._turns.change(lambda: self._fork(src, dst))
 
-    def reorder(self, parents: Mapping[int, int] | Sequence[int]) -> None:
+    def reorder(self, parents: Mapping[int, int] | Iterable[int] | torch.Tensor) -> None:
         """Makes each sequence i a fork of what parents[i] was, all at once; a sequence that is its own parent is left.
 
         Sequences that `parents` gives no parent are left as they are; the tiles that nobody names any more are freed.
         """
-        pairs = parents.items() if isinstance(parents, Mapping) else enumerate(parents)
-        parent_of = dict(pairs)
+        parent_of = _parent_of(parents)
         for child, parent in parent_of.items():
             _check_sequence("a sequence to reorder", child)
             _check_sequence(f"parents[{child}]", parent)
-        with self._lock:
-            self._start_change()
-            self._inherit({child: parent for child, parent in parent_of.items() if child != parent})
+        moved = {child: parent for child, parent in parent_of.items() if child != parent}
+        self._turns.change(lambda: self._slots.inherit(moved))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes keys, their order and their tiles to a file; pins and counts are not kept. See docs/tile_format.md."""
-        with self._lock:
-            self._await_put()
-            keys, named = list(self._by_key), list(self._by_key.values())
-            stored = {slot: row for row, slot in enumerate(dict.fromkeys(named))}
-            slots = np.array(list(stored), np.int64)
-            self._slots.num_reads[slots] += 1
-        try:
-            tiles = self._tiles.new_batch(len(slots))
-            self._tiles.read_batch(slots, tiles)
-        finally:
-            self._end_reading(slots)
-        rows = torch.tensor([stored[slot] for slot in named], dtype=torch.int64)
-        content = tuple(tiles) if isinstance(tiles, QuantizedKV) else (tiles,)
-        write_tile_file(path, TileRecord(HOST, self._geometry, rows_of_keys(keys), rows, content))
+        save_host_tiles(path, self._geometry, self._slots, self._tiles, self._turns)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Puts what a file holds in the place of all content, without `on_evict`; all of it or, if that fails, nothing.
 
         Raises: CorruptPageError for a damaged file; ValueError for one that does not fit, and while anything is pinned.
         """
-        record = read_tile_file(path, kind=HOST, geometry=self._geometry, capacity=self.capacity)
-        keys, named = keys_of_rows(record.names), record.named.tolist()
-        with self._lock:
-            self._start_change()
-            while self._slots.num_reads.any():
-                self._changed.wait()
-                self._await_put()
-            if self._slots.has_pins:
-                raise ValueError("a cache to load into must have nothing pinned, got pins. Unpin them first.")
-            self.clear()
-            slots = np.array(list(self._slots.free)[: len(record.tiles[0])], np.int64)
-            self._tiles.write_batch(slots, TileContent(record.tiles[0], *record.tiles[1:] or (None,)))
-            for _ in slots:
-                self._slots.free.popleft()
-            for key, row in zip(keys, named, strict=True):
-                self._slots.name(key, int(slots[row]))
+        load_host_tiles(path, self._geometry, self._slots, self._tiles, self._turns)
+
+    def _get(self, key: Key) -> Tile | None:
+        """What `get` gives where there is more to do than to copy."""
+
+        def copy(slot: int | None) -> Tile | None:
+            if slot is None:
+                self._misses += 1
+                return None
+            self._touch([key])
+            self._hits += 1
+            return self._tiles.copy_of(slot)()
+
+        return self._turns.look_when_whole(key, copy)
+
+    def _put_in_place(self, key: Key, content: TileContent) -> bool:
+        """Writes over the tile of the key, if nobody else can see it; returns whether."""
+        slot = self._by_key.get(key)
+        if slot is None or self._turns.reads or not self._slots.is_exclusive(slot):
+            return False
+        self._slots.start_rewriting(slot)
+        self._tiles.write(slot, content)
+        self._slots.end_rewriting(slot)
+        self._by_key.move_to_end(key)
+        return True
 
     def _put(self, keys: list[Key], content: TileContent) -> None:
-        """Stores checked tiles under distinct keys: takes slots, fills them outside the lock, names them."""
-        with self._lock:
-            self._start_change()
-            wanted = dict.fromkeys(keys)
-            self._evict(self._slots.victims(wanted))
-            slots, lost = self._slots.reserve(wanted)
-            self._rewritten = frozenset(lost)
-            self._is_putting = True
-        is_written = False
-        try:
-            ids = np.array(slots, np.int64)
-            # No key leads to these slots any more, so their readers become fewer only.
-            with self._lock:
-                while self._slots.num_reads[ids].any():
-                    self._changed.wait()
-            self._tiles.write_batch(ids, content)
-            is_written = True
-        finally:
-            with self._lock:
-                if is_written:
-                    self._slots.publish(keys, slots)
-                else:
-                    self._slots.free.extend(slots)
-                self._is_putting = False
-                self._rewritten = frozenset()
-                self._changed.notify_all()
+        """Stores tiles under distinct keys; those that are not in the books yet are checked."""
+        slots = self._slots
+        held = np.empty(0, np.int64)
+
+        def start() -> SlotIds:
+            nonlocal keys, held
+            held = slots.find(keys)
+            if (held < 0).any():
+                keys = check_tile_keys(keys)
+            self._evict(choose_victims(slots, keys, held))
+            return slots.reserve(held)
+
+        self._turns.write(
+            start,
+            lambda targets: self._tiles.write_batch(targets, content),
+            lambda targets: slots.publish(keys, held, targets),
+        )
 
     def _are_known(self, keys: list[_AnyKey]) -> bool:
-        """Whether all keys are in the books, so that they were checked when they came there."""
+        """Whether all keys are in the books, so that as many were checked when they came there."""
         try:
             with self._lock:
                 return all(map(self._by_key.__contains__, keys))
@@ -364,84 +308,70 @@ class HostTileCache:
 
     def _evict(self, victims: list[Key]) -> None:
         if self._on_evict is not None:
-            self._is_evicting = True
-            try:
-                for key in victims:
-                    self._on_evict(TileKey(*key), self._tiles.copy_of(self._by_key[key])())
-            finally:
-                self._is_evicting = False
-        for key in victims:
-            self._slots.drop(key)
+            for key in victims:
+                self._on_evict(TileKey(*key), self._tiles.copy_of(self._by_key[key])())
+        self._slots.drop(victims)
         self._evictions += len(victims)
 
-    def _inherit(self, parent_of: dict[int, int]) -> None:
-        """Gives each sequence the tiles that its parent has now, in the place of its own."""
-        slots = self._slots
-        new = [
-            ((child, *key[1:]), self._by_key[key])
-            for child, parent in parent_of.items()
-            for key in slots.of_sequence(parent)
-        ]
-        # Held meanwhile, so that a slot is not freed between its old name and its new one.
-        for _, slot in new:
-            slots.num_views[slot] += 1
-        for child in parent_of:
-            for key in slots.of_sequence(child):
-                slots.drop(key)
-        for key, slot in new:
-            slots.name(key, slot)
-            slots.end_view(slot)
+    def _fork(self, src: int, dst: int) -> None:
+        num_keys = len(self._slots.of_sequence(dst))
+        if num_keys:
+            raise ValueError(f"dst must be a sequence without tiles, got {dst}, which has {num_keys}.")
+        self._slots.inherit({dst: src})
 
-    def _start_change(self) -> None:
-        """Waits for this writer's turn, under the lock."""
-        self._refuse_while_evicting()
-        self._await_put()
-
-    def _await_put(self) -> None:
-        while self._is_putting:
-            self._changed.wait()
-
-    def _refuse_while_evicting(self) -> None:
-        # Only the thread that evicts can get here: it has the lock.
-        if self._is_evicting:
-            raise RuntimeError("on_evict must not change the cache that evicts, got a call that does.")
-
-    def _has(self, key: _AnyKey) -> bool:
-        """Whether the key is there, under the lock; checks the key, and waits while its slot is being written again."""
-        key = check_tile_key(key)
-        while key in self._rewritten:
-            self._changed.wait()
-        return key in self._by_key
-
-    def _find(self, key: _AnyKey) -> int:
-        if not self._has(key):
+    def _pin(self, key: Key, slot: int | None) -> None:
+        if slot is None:
             raise _missing(key)
-        return self._by_key[key]
+        self._slots.pin(key, 1)
 
-    def _start_reading(self, keys: list[_AnyKey]) -> np.ndarray:
-        """The slots of the keys, marked as being read, under the lock."""
-        try:
-            slots = np.array([self._by_key[key] for key in keys], np.int64)
-        except (KeyError, TypeError):
-            checked = check_tile_keys(keys)
-            while not self._rewritten.isdisjoint(checked):
-                self._changed.wait()
-            for key in checked:
-                if key not in self._by_key:
-                    raise _missing(key) from None
-            slots = np.array([self._by_key[key] for key in checked], np.int64)
-        # A slot that is named twice counts once here, and once at the end.
-        self._slots.num_reads[slots] += 1
+    def _unpin(self, key: Key) -> None:
+        if key not in self._slots.pins_of_key:
+            raise ValueError(f"the key to unpin must be pinned, got {key}, which is not.")
+        self._slots.pin(key, -1)
+
+    def _start_view(self, view: object, key: Key, slot: int | None) -> int:
+        if slot is None:
+            raise _missing(key)
+        self._slots.start_view(view, slot)
+        self._by_key.move_to_end(key)
+        self._hits += 1
+        return slot
+
+    def _find_batch(self, keys: list[_AnyKey]) -> SlotIds:
+        slots = self._slots_of(keys)
+        self._hits += len(keys)
+        self._touch(keys)
         return slots
 
-    def _end_reading(self, slots: np.ndarray) -> None:
-        with self._lock:
-            self._slots.num_reads[slots] -= 1
-            self._changed.notify_all()
+    def _touch(self, keys: Sequence[_AnyKey]) -> None:
+        """Makes keys the most recently used, within `look`, unless this is called by another call."""
+        if self._turns.depth == 1:
+            self._slots.touch(keys)
+
+    def _slots_of(self, keys: list[_AnyKey]) -> SlotIds:
+        by_key = self._by_key
+        try:
+            return np.array([by_key[key] for key in keys], np.int64)
+        except (KeyError, TypeError):
+            for key in check_tile_keys(keys):
+                if key not in by_key:
+                    raise _missing(key) from None
+            raise
 
 
 def _missing(key: _AnyKey) -> KeyError:
     return KeyError(f"tile {TileKey(*key)} is not in the cache; contains() tells before.")
+
+
+def _parent_of(parents: object) -> dict[int, int]:
+    """The parent of each sequence that has one."""
+    if isinstance(parents, torch.Tensor):
+        parents = parents.tolist()
+    if isinstance(parents, Mapping):
+        return dict(parents)
+    if not isinstance(parents, Iterable):
+        raise TypeError(f"parents must be a mapping or an iterable of sequences, got {type(parents).__name__}.")
+    return dict(enumerate(parents))
 
 
 def _check_sequence(name: str, sequence: object) -> None:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ...kernels.attention_checks import check_no_overlap
 from ...kernels.copy_pages import copy_pages
 from ...kernels.cpu.huge_pages import advise_huge_pages
 from ...kernels.pages import check_no_grad, check_writable
 from ...kernels.quantize import QuantizedKV, quantize_kv
 from ...shapes import Shapes, check_device, check_dtype, dtype_name
+from .host_memory import BatchMemory
 from .tile_geometry import TILE_DTYPES, TileGeometry
 
 __all__ = ["HostTiles", "Tile", "TileContent"]
@@ -38,9 +40,11 @@ class HostTiles:
         shape = capacity, geometry.tile_size, geometry.head_dim
         # Outside inference mode, so that the tiles can be written both inside and outside of it later.
         with torch.inference_mode(False):
-            self.values = torch.empty(shape, dtype=geometry.dtype)
-            self.scales = torch.empty(shape[:2], dtype=torch.float32) if geometry.has_scales else None
+            self.values = torch.empty(shape, dtype=geometry.dtype, device="cpu")
+            self.scales = torch.empty(shape[:2], dtype=torch.float32, device="cpu") if geometry.has_scales else None
         advise_huge_pages(self.values)
+        self._tile_shape = shape[1:]
+        self._memory = BatchMemory()
         # What copies one tile, by slot; made when first asked for, since capacities are large.
         self.copies: list[Callable[[], Tile] | None] = [None] * capacity
 
@@ -63,7 +67,7 @@ class HostTiles:
 
     def read_batch(self, slots: np.ndarray, out: Tile) -> None:
         """Copies tiles [n, ...] of the slots, int64 [n], to `out`."""
-        ids, rows = torch.from_numpy(slots), torch.arange(len(slots))
+        ids, rows = torch.from_numpy(slots), torch.from_numpy(np.arange(len(slots)))
         values, scales = out if isinstance(out, QuantizedKV) else (out, None)
         copy_pages(self.values, values, ids, rows)
         if self.scales is not None and scales is not None:
@@ -71,35 +75,37 @@ class HostTiles:
 
     def write_batch(self, slots: np.ndarray, content: TileContent) -> None:
         """Stores tiles [n, ...] in the slots, int64 [n], no slot twice."""
-        ids, rows = torch.from_numpy(slots), torch.arange(len(slots))
+        ids, rows = torch.from_numpy(slots), torch.from_numpy(np.arange(len(slots)))
         copy_pages(content.values, self.values, rows, ids)
         if self.scales is not None and content.scales is not None:
             copy_pages(content.scales, self.scales, rows, ids)
 
     def new_batch(self, num_tiles: int) -> Tile:
         """Memory for `num_tiles` tiles that are read."""
-        values = torch.empty(num_tiles, *self.values.shape[1:], dtype=self.values.dtype)
-        advise_huge_pages(values)
+        values = self._memory.empty((num_tiles, *self._tile_shape), self.values.dtype)
         if self.scales is None:
             return values
-        return QuantizedKV(values, torch.empty(num_tiles, self.scales.shape[1], dtype=torch.float32))
+        return QuantizedKV(values, torch.empty(num_tiles, self.scales.shape[1], dtype=torch.float32, device="cpu"))
 
     def check_out(self, out: object, num_tiles: int) -> Tile:
         """`out`, if as many tiles as that can be read into it."""
         if self.scales is None:
-            self._check_result("out", out, num_tiles, "n tile_size head_dim", self.geometry.dtype)
-            assert isinstance(out, torch.Tensor)
-            return out
+            return self._checked_result("out", out, num_tiles, "n tile_size head_dim", self.geometry.dtype)
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"out must be a QuantizedKV (values, scales) for int8 tiles, got {type(out).__name__}.")
-        self._check_result("out.values", out[0], num_tiles, "n tile_size head_dim", torch.int8)
-        self._check_result("out.scales", out[1], num_tiles, "n tile_size", torch.float32)
-        return QuantizedKV(*out)
+        values = self._checked_result("out.values", out[0], num_tiles, "n tile_size head_dim", torch.int8)
+        scales = self._checked_result("out.scales", out[1], num_tiles, "n tile_size", torch.float32)
+        check_no_overlap("out.scales", scales, **{"out.values": values})
+        return QuantizedKV(values, scales)
 
-    def checked(
-        self, name: str, tiles: torch.Tensor, scales: torch.Tensor | None, num_tiles: int | None
-    ) -> TileContent:
+    def checked(self, name: str, tiles: Tile, scales: torch.Tensor | None, num_tiles: int | None) -> TileContent:
         """What `put` and `put_batch` were given as what is stored: checked, and quantised where it must be."""
+        if isinstance(tiles, QuantizedKV):
+            if scales is not None:
+                raise ValueError(f"scales must be None where {name} is a QuantizedKV, got a tensor.")
+            tiles, scales = tiles
+        if scales is None and self._is_plain(tiles, num_tiles):
+            return TileContent(tiles, None)
         leading = "" if num_tiles is None else "n "
         shapes = self._shapes(num_tiles)
         shapes.check(name, tiles, f"{leading}tile_size head_dim")
@@ -121,17 +127,33 @@ class HostTiles:
         check_no_grad(scales=scales)
         return TileContent(tiles, scales)
 
-    def _check_result(self, name: str, out: object, num_tiles: int, pattern: str, dtype: torch.dtype) -> None:
+    def _is_plain(self, tiles: object, num_tiles: int | None) -> bool:
+        """True only for what `checked` returns as it is: to look once costs a third of the checks with their words."""
+        if type(tiles) is not torch.Tensor or self.scales is not None:
+            return False
+        shape = self._tile_shape if num_tiles is None else (num_tiles, *self._tile_shape)
+        return (
+            tiles.layout is torch.strided
+            and tiles.dtype == self.values.dtype
+            and tiles.shape == shape
+            and tiles.device == self.values.device
+            and not tiles.requires_grad
+            and not tiles.is_neg()
+        )
+
+    def _checked_result(self, name: str, out: object, num_tiles: int, pattern: str, dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(out, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(out).__name__}.")
         self._shapes(num_tiles).check(name, out, pattern)
         check_dtype(name, out, dtype)
         check_device(name, out, self.values.device, "the cache")
         check_writable(name, out)
+        check_no_overlap(name, out, **{"tiles of the cache": self.values, "scales of the cache": self.scales})
         if out.requires_grad:
             raise ValueError(f"{name} must not require a gradient, got requires_grad=True. Pass {name}.detach().")
         if out.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"{name} must not be an inference tensor outside inference mode. Pass {name}.clone().")
+        return out
 
     def _shapes(self, num_tiles: int | None) -> Shapes:
         shapes = Shapes()
@@ -152,7 +174,7 @@ class HostTiles:
 def _inference_alias(slab: torch.Tensor, slot: int) -> torch.Tensor:
     """One tile in place, as an inference tensor: a copy of it is made sooner, since it does not pass autograd."""
     with torch.inference_mode():
-        alias = torch.empty(0, dtype=slab.dtype)
+        alias = torch.empty(0, dtype=slab.dtype, device="cpu")
         return alias.set_(slab.untyped_storage(), slot * slab.stride(0), slab.shape[1:], slab.stride()[1:])
 
 
