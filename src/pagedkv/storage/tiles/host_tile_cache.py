@@ -48,7 +48,8 @@ class HostTileCache:
 
     Keys:    TileKey, or a tuple (sequence, head, tile, "k" or "v").
     Dtypes:  float32, float16, bfloat16: moved bitwise. int8: float tiles are quantised by the rule of `quantize_kv`, a
-             scale a token; codes with scales [tile_size] float32 are moved bitwise. What is read is a QuantizedKV then.
+             scale a token; codes with scales [tile_size] float32 are moved bitwise. What is read is a QuantizedKV then,
+             and can be put as it is.
     Evicts:  a put without room drops keys, the least recently used first, until there is; never a pinned tile and never
              a key of the same put. `on_evict(key, tile)` gets each before any is dropped, with a copy of its own; what
              it raises fails the put, and nothing has changed. Inside of it the cache may be read, not changed.
@@ -126,21 +127,22 @@ class HostTileCache:
         self._turns.read(lambda: self._find_batch(keys), lambda slots: self._tiles.read_batch(slots, out))
         return out
 
-    def put(self, key: _AnyKey, tile: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+    def put(self, key: _AnyKey, tile: Tile, scales: torch.Tensor | None = None) -> None:
         """Stores a copy of the tile under the key, in the place of what it named; it is the most recently used then."""
         key = check_tile_key(key)
         content = self._tiles.checked("tile", tile, scales, None)
         if not self._turns.change(lambda: self._put_in_place(key, content)):
             self._put([key], TileContent(*(None if part is None else part[None] for part in content)))  # type: ignore[arg-type]
 
-    def put_batch(self, keys: Iterable[_AnyKey], tiles: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+    def put_batch(self, keys: Iterable[_AnyKey], tiles: Tile, scales: torch.Tensor | None = None) -> None:
         """Stores tiles [n, tile_size, head_dim] under n keys, all or none; of a key named twice the last tile counts.
 
         Scales: for int8 codes, [n, tile_size] float32.
         Raises: ValueError for more keys than the capacity.
         """
         checked = list(keys)
-        if not self._are_known(checked):
+        are_known = self._are_known(checked)
+        if not are_known:
             checked = check_tile_keys(checked)
         content = self._tiles.checked("tiles", tiles, scales, len(checked))
         num_keys = len(set(checked))
@@ -152,7 +154,7 @@ class HostTileCache:
             kept = torch.tensor([rows[key] for key in checked], dtype=torch.int64, device="cpu")
             content = TileContent(*(None if part is None else part[kept] for part in content))  # type: ignore[arg-type]
         if checked:
-            self._put(checked, content)
+            self._put(checked, content, are_checked=not are_known)
 
     def remove(self, key: _AnyKey) -> bool:
         """Forgets the key, pinned or not; says whether it was there."""
@@ -279,15 +281,15 @@ class HostTileCache:
         self._by_key.move_to_end(key)
         return True
 
-    def _put(self, keys: list[Key], content: TileContent) -> None:
-        """Stores tiles under distinct keys; those that are not in the books yet are checked."""
+    def _put(self, keys: list[Key], content: TileContent, *, are_checked: bool = True) -> None:
+        """Stores tiles under distinct keys, which are equal to checked ones unless they are no longer in the books."""
         slots = self._slots
         held = np.empty(0, np.int64)
 
         def start() -> SlotIds:
             nonlocal keys, held
             held = slots.find(keys)
-            if (held < 0).any():
+            if not are_checked and (held < 0).any():
                 keys = check_tile_keys(keys)
             self._evict(choose_victims(slots, keys, held))
             return slots.reserve(held)
