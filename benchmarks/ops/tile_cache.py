@@ -20,7 +20,9 @@ _SINGLE_REPEATS = 1000
 def cases(options: Options) -> Iterator[CaseSpec]:
     """Batches of a layer of a long prompt, and a single tile; one layout, since tiles have no heads."""
     shape = f"P{_TILE_SIZE}-D{_HEAD_DIM}-f32"
-    yield CaseSpec("tile_put_batch", f"n{_NUM_TILES}-{shape}", _put_batch)
+    yield CaseSpec("tile_put_batch", f"n{_NUM_TILES}-{shape}", partial(_put_batch, capacity=2 * _NUM_TILES))
+    yield CaseSpec("tile_put_batch", f"n{_NUM_TILES}-{shape}-full", partial(_put_batch, capacity=_NUM_TILES))
+    yield CaseSpec("tile_put_batch", f"n{_NUM_TILES}-{shape}-evict", _put_batch_evicting)
     yield CaseSpec("tile_get_batch", f"n{_NUM_TILES}-{shape}-out", partial(_get_batch, has_out=True))
     yield CaseSpec("tile_get_batch", f"n{_NUM_TILES}-{shape}-new", partial(_get_batch, has_out=False))
     yield CaseSpec("tile_get", f"n1-{shape}", _get)
@@ -28,14 +30,14 @@ def cases(options: Options) -> Iterator[CaseSpec]:
 
 
 class _World:
-    """A cache with twice the room for its tiles, whose keys are asked for in another order than they were put in."""
+    """A cache whose keys are asked for in another order than they were put in; by default with twice the room."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 2 * _NUM_TILES) -> None:
         self.tiles = torch.randn(_NUM_TILES, _TILE_SIZE, _HEAD_DIM)
         self.order = torch.randperm(_NUM_TILES)
         keys = [(row // 512, row // 64 % 8, row // 2 % 32, "kv"[row % 2]) for row in range(_NUM_TILES)]
         self.keys = [keys[row] for row in self.order.tolist()]
-        self.cache = HostTileCache(2 * _NUM_TILES, _TILE_SIZE, _HEAD_DIM)
+        self.cache = HostTileCache(capacity, _TILE_SIZE, _HEAD_DIM)
         self.cache.put_batch(keys, self.tiles)
         self.num_bytes = self.tiles.numel() * self.tiles.element_size()
 
@@ -44,8 +46,9 @@ class _World:
             raise WrongResultError("tiles read differ from the tiles put")
 
 
-def _put_batch() -> Case:
-    world = _World()
+def _put_batch(capacity: int) -> Case:
+    """The same keys again and again: into the other half of the slots, or over their own tiles where it is full."""
+    world = _World(capacity)
     slab = torch.zeros_like(world.tiles)
 
     def ours(i: int) -> None:
@@ -57,6 +60,28 @@ def _put_batch() -> Case:
     def check() -> None:
         ours(0)
         world.check(world.cache.get_batch(world.keys), world.tiles)
+
+    return Case({OURS: ours, "index_copy_": index_copy}, check, [Ceiling("copy", world.num_bytes)])
+
+
+def _put_batch_evicting() -> Case:
+    """Two sets of keys in turn, of which the cache holds one."""
+    world = _World(_NUM_TILES)
+    others = [(sequence + 100, *place) for sequence, *place in world.keys]
+    slab = torch.zeros_like(world.tiles)
+    num_calls = 0
+
+    def ours(i: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        world.cache.put_batch(others if num_calls % 2 else world.keys, world.tiles)
+
+    def index_copy(i: int) -> None:
+        slab.index_copy_(0, world.order, world.tiles)
+
+    def check() -> None:
+        ours(0)
+        world.check(world.cache.get_batch(others), world.tiles)
 
     return Case({OURS: ours, "index_copy_": index_copy}, check, [Ceiling("copy", world.num_bytes)])
 
