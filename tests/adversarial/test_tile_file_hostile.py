@@ -275,6 +275,59 @@ def test_huge_counts_with_lengths_that_agree_modulo_2_to_the_64(path, monkeypatc
         read(path, signed(forged(), **{name: huge}, **{key: value % 2**64 for key, value in sections.items()}))
 
 
+@pytest.mark.parametrize("kind", [HOST, POOL])
+def test_names_that_a_sparse_file_only_claims_are_allocated_by_no_one(path, kind):
+    """The length is right and costs nothing on the disk; the index is zeros, whose checksum is not the header's."""
+    record, num_names = sample(kind), 2_000_000
+    index_bytes = 40 * num_names + 4
+    tiles_bytes = sum(tensor.nbytes for tensor in record.tiles) // 2
+    counts = {"num_names": num_names, "num_stored": 1, "index_bytes": index_bytes}
+    sections = {"tiles_offset": 128 + index_bytes, "tiles_bytes": tiles_bytes}
+    path.write_bytes(signed(written(path, record)[:128], **counts, **sections))
+    os.truncate(path, 128 + index_bytes + tiles_bytes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptPageError, match=r"index checksum 0x\w{8} expected, 0x\w{8} found"):
+            read_tile_file(path, **fits(record))
+        with pytest.raises(ValueError, match="names of tile file .*a.tiles must be at most 12, .* got 2000000"):
+            read_tile_file(path, **fits(record), max_names=12)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_bound_on_names_is_checked_before_the_index_is_read(path, monkeypatch):
+    written(path, sample())
+    monkeypatch.setattr(tile_file, "_check_index", None)
+    with pytest.raises(ValueError, match="must be at most 2, .* got 3"):
+        read_tile_file(path, **fits(sample()), max_names=2)
+
+
+@pytest.mark.parametrize("off_by", [-1, 0, 1])
+def test_index_of_about_a_whole_chunk(path, monkeypatch, off_by):
+    raw = written(path, sample())
+    index_bytes = 3 * 40 + 2 * 4
+    monkeypatch.setattr(tile_file, "_CHUNK_BYTES", index_bytes // 2 + off_by)
+    assert read(path, raw).named.tolist() == NAMED
+    for position in range(128, 128 + index_bytes):
+        with flipped(path, position, 1), pytest.raises(CorruptPageError, match="index checksum"):
+            read_tile_file(path, **fits(sample()))
+
+
+def test_index_that_changes_after_its_checksum_held(path, monkeypatch):
+    written(path, sample())
+    check = tile_file._check_index
+
+    def check_then_change(*args):
+        check(*args)
+        with open(path, "r+b") as file:
+            os.pwrite(file.fileno(), b"\x05", 128)
+
+    monkeypatch.setattr(tile_file, "_check_index", check_then_change)
+    with pytest.raises(CorruptPageError, match="index checksum"):
+        read_tile_file(path, **fits(sample()))
+
+
 @pytest.mark.parametrize("section", U64_NAMES[5:])
 def test_sections_elsewhere(path, section):
     found = struct.unpack_from("<Q", forged(), U64[section])[0]

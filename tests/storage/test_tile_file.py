@@ -116,6 +116,28 @@ def test_file_within_capacity_exactly_full_and_one_more(tmp_path):
         read_like(tmp_path / "a.tiles", record, capacity=3)
 
 
+@pytest.mark.parametrize("kind", [HOST, POOL])
+def test_names_within_their_bound_exactly_full_and_one_more(tmp_path, kind):
+    record = make_record(kind, num_stored=3, num_extra=2)
+    write_tile_file(tmp_path / "a.tiles", record)
+    for max_names in (None, 6, 5):
+        assert_same(read_like(tmp_path / "a.tiles", record, max_names=max_names), record)
+    with pytest.raises(ValueError, match="names of tile file .*a.tiles must be at most 4, .* got 5"):
+        read_like(tmp_path / "a.tiles", record, max_names=4)
+
+
+@pytest.mark.parametrize("num_stored", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [HOST, POOL])
+def test_default_device_of_the_caller_does_not_matter(tmp_path, kind, dtype, num_stored):
+    record = make_record(kind, dtype, num_stored)
+    with torch.device("meta"):
+        write_tile_file(tmp_path / "a.tiles", record)
+        found = read_like(tmp_path / "a.tiles", record)
+    assert {tensor.device.type for tensor in (found.names, found.named, *found.tiles)} == {"cpu"}
+    assert_same(found, record)
+
+
 def test_writing_replaces_the_file_and_leaves_no_other(tmp_path):
     for num_stored in (3, 1, 5):
         record = make_record(num_stored=num_stored)
@@ -156,6 +178,43 @@ def test_new_file_has_the_permissions_that_the_umask_leaves(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.tiles").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o777], ids=oct)
+def test_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
+    (tmp_path / "a.tiles").touch()
+    (tmp_path / "a.tiles").chmod(mode)
+    (tmp_path / "link").symlink_to(tmp_path / "a.tiles")
+    record = make_record()
+    for name in ("a.tiles", "link"):
+        write_tile_file(tmp_path / name, record)
+        assert (tmp_path / "a.tiles").stat().st_mode & 0o7777 == mode
+        assert_same(read_like(tmp_path / "a.tiles", record), record)
+
+
+def test_set_user_id_is_not_handed_on_to_whoever_writes(tmp_path):
+    (tmp_path / "a.tiles").touch()
+    (tmp_path / "a.tiles").chmod(0o6750)
+    write_tile_file(tmp_path / "a.tiles", make_record())
+    assert (tmp_path / "a.tiles").stat().st_mode & 0o7777 == 0o750
+
+
+def test_nobody_else_may_read_a_private_file_while_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "a.tiles").touch()
+    (tmp_path / "a.tiles").chmod(0o600)
+    seen, write, fchmod = [], os.write, os.fchmod
+
+    def looking(call):
+        def look(file, *args):
+            seen.append(os.fstat(file).st_mode & 0o777)
+            return call(file, *args)
+
+        return look
+
+    monkeypatch.setattr(os, "write", looking(write))
+    monkeypatch.setattr(os, "fchmod", looking(fchmod))
+    write_tile_file(tmp_path / "a.tiles", make_record())
+    assert set(seen) == {0o600}
 
 
 def test_file_is_on_the_disk_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
@@ -335,6 +394,10 @@ def test_arguments_of_reading_are_checked(tmp_path):
         read_like(tmp_path / "a.tiles", record, capacity=-1)
     with pytest.raises(TypeError, match="capacity must be an int, got float"):
         read_like(tmp_path / "a.tiles", record, capacity=3.0)
+    with pytest.raises(ValueError, match="max_names must be at least 0, got -1"):
+        read_like(tmp_path / "a.tiles", record, max_names=-1)
+    with pytest.raises(TypeError, match="max_names must be an int, got float"):
+        read_like(tmp_path / "a.tiles", record, max_names=3.0)
 
 
 def strided(tensor):

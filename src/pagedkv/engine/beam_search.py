@@ -6,9 +6,11 @@ It knows of no cache and runs no model: what it returns is what a cache reorders
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..shapes import Shapes, check_floating, check_int
@@ -20,6 +22,8 @@ EarlyStopping = bool | str
 # Stands for "not yet": a beam that has no text of its own, a hypothesis that is not finished. Finite on purpose: such
 # scores still add up and compare, which decides what is chosen where a vocabulary has fewer tokens than beams.
 _NOT_YET = -1.0e9
+
+_REAL = (int, float, np.integer, np.floating)
 
 
 class BeamStep(NamedTuple):
@@ -48,13 +52,14 @@ class BeamSearch:
     """Keeps the `num_beams` likeliest continuations of one prompt, as transformers' beam search does.
 
     length_penalty: a hypothesis of n new tokens (EOS included, the prompt not) scores its summed log-probability over
-            n ** length_penalty; above 0 favours long ones, below 0 short ones.
+            n ** length_penalty; above 0 favours long ones, below 0 short ones. Far below 0, scores may fall under -1e9:
+            such texts do not count, here as in transformers, and best() may then be empty.
     early_stopping: when to stop with num_beams hypotheses finished. True: at once. False: once no running beam scores
             better at its present length. "never": once none can at any length, as far as the penalty's sign tells.
     eos_token_ids: tokens that finish a hypothesis; max_new_tokens finishes all.
     Rule:   log_softmax, sums and comparisons in float32; ties as torch.topk breaks them. An EOS counts only among the
             num_beams likeliest candidates of a step; of these there are max(2, 1 + number of EOS) * num_beams.
-    Raises: ValueError, TypeError for options out of range.
+    Raises: ValueError, TypeError for options out of range. Numbers may be Python's or numpy's.
 
     >>> search = BeamSearch(2, max_new_tokens=2)
     >>> search.step(torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])).tokens.tolist()
@@ -74,27 +79,23 @@ class BeamSearch:
         early_stopping: EarlyStopping = False,
         num_return_sequences: int = 1,
     ) -> None:
-        check_int("num_beams", num_beams, minimum=1)
-        check_int("max_new_tokens", max_new_tokens, minimum=1)
-        check_int("num_return_sequences", num_return_sequences, minimum=1)
-        if num_return_sequences > num_beams:
+        self.num_beams = _checked_int("num_beams", num_beams, minimum=1)
+        self.max_new_tokens = _checked_int("max_new_tokens", max_new_tokens, minimum=1)
+        self.num_return_sequences = _checked_int("num_return_sequences", num_return_sequences, minimum=1)
+        if self.num_return_sequences > self.num_beams:
             raise ValueError(
                 f"num_return_sequences must be at most {num_beams} (num_beams), got {num_return_sequences}."
             )
-        self.num_beams = num_beams
-        self.max_new_tokens = max_new_tokens
-        self.num_return_sequences = num_return_sequences
         self.eos_token_ids = _checked_eos(eos_token_ids)
         self._early_stopping = _checked_early_stopping(early_stopping)
-        self._length_penalty = _checked_length_penalty(length_penalty, max_new_tokens)
-        self._num_candidates = max(2, 1 + len(self.eos_token_ids)) * num_beams
+        self._length_penalty = _checked_length_penalty(length_penalty, self.max_new_tokens)
+        self._num_candidates = max(2, 1 + len(self.eos_token_ids)) * self.num_beams
         # All beams start as the prompt: only the first may be continued, or all would be continued alike.
-        self._scores = torch.full((num_beams,), _NOT_YET)
+        self._scores = _not_yet(self.num_beams)
         self._scores[0] = 0.0
-        self._running: list[tuple[int, ...]] = [()] * num_beams
-        self._finished = _Finished(
-            torch.full((num_beams,), _NOT_YET), torch.zeros(num_beams, dtype=torch.bool), [()] * num_beams
-        )
+        self._running: list[tuple[int, ...]] = [()] * self.num_beams
+        flags = torch.zeros(self.num_beams, dtype=torch.bool, device="cpu")
+        self._finished = _Finished(_not_yet(self.num_beams), flags, [()] * self.num_beams)
         self._num_new_tokens = 0
         self._is_done = False
 
@@ -125,7 +126,8 @@ class BeamSearch:
         scores, flat = candidates.values.cpu(), candidates.indices.cpu()
         parents, tokens = flat // logits.shape[1], flat % logits.shape[1]
         is_last = self._num_new_tokens + 1 >= self.max_new_tokens
-        ends = torch.tensor([is_last or token in self.eos_token_ids for token in tokens.tolist()])
+        is_end = [is_last or token in self.eos_token_ids for token in tokens.tolist()]
+        ends = torch.tensor(is_end, dtype=torch.bool, device="cpu")
         texts = [
             (*self._running[parent], token) for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)
         ]
@@ -143,7 +145,8 @@ class BeamSearch:
     def best(self) -> list[Hypothesis]:
         """The finished hypotheses, best first, at most num_return_sequences; before the end, those found so far.
 
-        A search that is done has as many, except where the vocabulary allows no num_beams different continuations.
+        A search that is done has as many, except where the vocabulary allows no num_beams different continuations, or
+        where the penalty puts their scores under -1e9.
         """
         rows = self._finished.flags.nonzero().flatten().tolist()
         scores = self._finished.scores.tolist()
@@ -189,11 +192,24 @@ class BeamSearch:
         return not bool(attainable > self._finished.scores.min())
 
 
+def _not_yet(num_beams: int) -> torch.Tensor:
+    return torch.full((num_beams,), _NOT_YET, dtype=torch.float32, device="cpu")
+
+
+def _checked_int(name: str, value: Any, minimum: int) -> int:
+    """The value as a plain int: sums of numpy's wrap around."""
+    number: int = value if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    check_int(name, number, minimum)
+    return number
+
+
 def _checked_eos(eos_token_ids: Iterable[int]) -> frozenset[int]:
-    eos = frozenset(eos_token_ids)
-    for token in eos:
-        check_int("each of eos_token_ids", token, minimum=0)
-    return eos
+    ids = eos_token_ids.tolist() if hasattr(eos_token_ids, "tolist") else eos_token_ids
+    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes, bytearray)):
+        raise TypeError(
+            f"eos_token_ids must be several ints, got {type(eos_token_ids).__name__}. Pass (token,) for one."
+        )
+    return frozenset(_checked_int("each of eos_token_ids", token, minimum=0) for token in ids)
 
 
 def _checked_early_stopping(early_stopping: EarlyStopping) -> EarlyStopping:
@@ -202,14 +218,18 @@ def _checked_early_stopping(early_stopping: EarlyStopping) -> EarlyStopping:
     return early_stopping
 
 
-def _checked_length_penalty(length_penalty: float, max_new_tokens: int) -> float:
+def _checked_length_penalty(length_penalty: Any, max_new_tokens: int) -> float:
     """The penalty as a float; refuses one by which the longest text would be divided by 0 or infinity."""
-    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, _REAL):
         raise TypeError(f"length_penalty must be a number, got {type(length_penalty).__name__}.")
     limit = math.log(torch.finfo(torch.float32).max)
-    if not abs(length_penalty * math.log(max_new_tokens)) < limit:
+    try:
+        penalty = float(length_penalty)
+    except OverflowError:
+        penalty = math.inf if length_penalty > 0 else -math.inf
+    if not abs(penalty * math.log(max_new_tokens)) < limit:
         raise ValueError(
-            f"length_penalty must keep max_new_tokens ** length_penalty a float32 above 0, got {length_penalty} "
+            f"length_penalty must keep max_new_tokens ** length_penalty a float32 above 0, got {penalty:g} "
             f"with max_new_tokens {max_new_tokens}."
         )
-    return float(length_penalty)
+    return penalty

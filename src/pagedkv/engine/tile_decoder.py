@@ -11,8 +11,9 @@ import torch
 from ..errors import OutOfPagesError
 from ..integrations.transformers.geometry import LayerInfo
 from ..integrations.transformers.model import PagedModel
-from ..integrations.transformers.tile_step import TileStep
-from ..shapes import check_int
+from ..integrations.transformers.tile_step import TileStep, check_tile_model
+from ..kernels.backend import backends
+from ..shapes import check_choice, check_int
 from ..storage.tiles.tile_cache import TileCache
 from .beam_search import BeamSearch, EarlyStopping, Hypothesis
 from .prompts import eos_token_ids as eos_of_model
@@ -28,7 +29,7 @@ class TileDecoder:
             beams of max_tokens that have nothing in common. dtype: of the tiles, int8 too; None is the model's.
     Owns:   the caches, which are empty between calls. The model is not changed.
     Threads: one call at a time.
-    Raises: UnsupportedModelError for a model that cannot run over pages; ValueError, TypeError for bad options.
+    Raises: UnsupportedModelError for a model that cannot run over tiles; ValueError, TypeError for bad options.
 
     >>> from pagedkv.testing.tiny_models import tiny_model
     >>> decoder = TileDecoder(tiny_model("llama"), num_beams=3, max_tokens=32)
@@ -52,7 +53,9 @@ class TileDecoder:
         if num_pages is not None:
             check_int("num_pages", num_pages, minimum=1)
         check_int("max_tokens", max_tokens, minimum=2)
+        check_choice("backend", backend, ("auto", *backends()))
         self._model = PagedModel(model)
+        check_tile_model(self._model.geometry)
         context = self._model.geometry.max_positions
         if context is not None and max_tokens > context:
             raise ValueError(f"max_tokens must be at most {context} (the model's context), got {max_tokens}.")
@@ -76,7 +79,7 @@ class TileDecoder:
         early_stopping: EarlyStopping = False,
         num_return_sequences: int = 1,
     ) -> list[Hypothesis]:
-        """The best continuations of a prompt, best first; see BeamSearch for the options.
+        """The best continuations of a prompt, best first, as BeamSearch.best gives them; see there for the options.
 
         eos_token_ids: None is the EOS of the model's generation config.
         Owns:   the tiles it fills, which are free again when it returns or raises.
@@ -92,10 +95,10 @@ class TileDecoder:
             early_stopping=early_stopping,
             num_return_sequences=num_return_sequences,
         )
-        if len(ids) + max_new_tokens > self.max_tokens:
+        if len(ids) + search.max_new_tokens > self.max_tokens:
             raise ValueError(
                 f"prompt and max_new_tokens must be at most {self.max_tokens} tokens together (max_tokens), "
-                f"got {len(ids)} and {max_new_tokens}."
+                f"got {len(ids)} and {search.max_new_tokens}."
             )
         try:
             self._search(search, ids)
@@ -123,8 +126,9 @@ class TileDecoder:
 
     def _search(self, search: BeamSearch, prompt_ids: Sequence[int]) -> None:
         """Prefills beam 0, lets the others share it, and goes on a token of every beam at a time."""
-        prompt = torch.tensor(prompt_ids, device=self._model.device)
-        logits = self._forward(prompt, first_token=0, beam_ids=torch.tensor([0])).expand(self.num_beams, -1)
+        beams = torch.arange(self.num_beams, dtype=torch.int64, device=self._model.device)
+        prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=self._model.device)
+        logits = self._forward(prompt, first_token=0, beam_ids=beams[:1]).expand(self.num_beams, -1)
         for cache in self.caches.values():
             for beam in range(1, self.num_beams):
                 cache.fork(0, beam)
@@ -135,7 +139,7 @@ class TileDecoder:
             for cache in self.caches.values():
                 cache.reorder(parents)
             num_stored = len(prompt_ids) + search.num_new_tokens - 1
-            logits = self._forward(tokens, first_token=num_stored, beam_ids=torch.arange(self.num_beams))
+            logits = self._forward(tokens, first_token=num_stored, beam_ids=beams)
 
     def _forward(self, token_ids: torch.Tensor, *, first_token: int, beam_ids: torch.Tensor) -> torch.Tensor:
         """Logits of the last token of each beam, [R, V]; all beams stand at the same position."""
@@ -143,7 +147,7 @@ class TileDecoder:
         step = TileStep(
             self.caches,
             self._model.geometry,
-            torch.full((num_rows,), first_token),
+            torch.full((num_rows,), first_token, dtype=torch.int64, device=beam_ids.device),
             token_ids.shape[0] // num_rows,
             beam_ids,
             backend=self._backend,

@@ -21,4 +21,7 @@ def storage_bytes(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.numel():
+        # An empty tensor may have any strides, and torch gives no view of some of them.
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return tensor.detach().contiguous().flatten().view(torch.uint8)

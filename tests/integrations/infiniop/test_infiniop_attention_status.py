@@ -124,7 +124,7 @@ def test_a_result_that_overlaps_itself_or_its_inputs():
     given = arguments()
     refused(given | {"out": torch.zeros(1, 4, 6).expand(2, 4, 6)}, 12, "out must not overlap itself")
     square = {"v_cache": torch.ones(7, 2, 4, 8), "out": given["q"]}
-    refused(given | square, 3, "out must not overlap query")
+    refused(given | square, 3, "out must not overlap q,")
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])

@@ -93,7 +93,7 @@ def test_the_workspace_is_as_large_as_it_says(index_dtype, is_float8):
         (torch.zeros(128, dtype=torch.uint8)[::2], 12, "contiguous, got stride 2"),
         (torch.zeros(128, dtype=torch.uint8)[3:], 3, "aligned to 16 bytes"),
         (torch.zeros(64, dtype=torch.uint8, device="meta"), 3, "on cpu like the handle, got meta"),
-        (b"\0" * 64, 3, "a torch.Tensor or None, got bytes"),
+        (b"\0" * 64, 3, "a torch.Tensor, got bytes"),
     ],
 )
 def test_a_workspace_of_another_kind_is_refused(workspace, code, words):
@@ -191,20 +191,21 @@ def test_a_run_allocates_no_tensor(kind):
     assert allocated_bytes(trace) >= kept.numel() * 4  # it would have been seen
 
 
-@pytest.mark.parametrize("kind", ["moves", "strided rows"])
+@pytest.mark.parametrize("kind", ["moves", "int32 slots", "strided rows"])
 def test_a_thousand_runs_leave_nothing_behind(kind):
     tensors = world(**WORLDS[kind])
     descriptor = created(tensors)
-    descriptor.calculate(None, *tensors)
+    workspace = workspace_of(descriptor)
+    descriptor.calculate(workspace, *tensors)
     gc.collect()
     tracemalloc.start()
     try:
         for _ in range(10):
-            descriptor.calculate(None, *tensors)
+            descriptor.calculate(workspace, *tensors)
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(1000):
-            descriptor.calculate(None, *tensors)
+            descriptor.calculate(workspace, *tensors)
         gc.collect()
         after = tracemalloc.get_traced_memory()[0]
     finally:

@@ -190,6 +190,8 @@ def test_slots_of_a_request():
     assert infiniop.slots_of(row, 3, 6, 4).tolist() == [31, 8, 9, 10, 11, 36]
     assert infiniop.slots_of(row, 12, 0, 4).tolist() == []
     assert infiniop.slots_of(torch.tensor([2**40]), 3, 1, 256).tolist() == [2**48 + 3]
+    assert infiniop.slots_of(torch.tensor([2**61 - 1]), 3, 1, 4).tolist() == [2**63 - 1]
+    assert infiniop.slots_of(torch.tensor([2**63 - 1]), 0, 1, 1).tolist() == [2**63 - 1]
     table = pagedkv.PageTable.from_rows([[7, 2, 9]], seq_lens=[9], page_size=4)
     new = torch.tensor([0, 6], dtype=torch.int32)
     assert torch.equal(infiniop.slots_of(row, 3, 6, 4), table.slot_mapping(new))
@@ -203,6 +205,13 @@ def test_slots_of_a_request():
         ((torch.tensor([1]), -1, 1, 4), 3, "start must be at least 0"),
         ((torch.tensor([1]), 0, 1, 0), 3, "block_size must be at least 1"),
         (([1], 0, 1, 4), 3, "block_table must be a torch.Tensor, got list"),
+        ((None, 0, 1, 4), 4, "block_table must be a torch.Tensor, got NoneType"),
+        ((torch.tensor([3]).to_sparse(), 0, 1, 4), 3, "block_table must be a dense tensor"),
+        ((torch.zeros(1, dtype=torch.int64, device="meta"), 0, 1, 4), 3, "block_table must have memory"),
+        ((torch.tensor([1, 2**61]), 0, 5, 4), 3, "block for position 4, got 2305843009213693952"),
+        ((torch.tensor([2**63 - 1]), 0, 1, 2), 3, "block for position 0, got 9223372036854775807"),
+        ((torch.tensor([1]), 2**70, 1, 4), 3, "at most 4 "),
+        ((torch.tensor([0]), 0, 1, 2**31), 3, "block_size must be below 2.*31, got 2147483648"),
         ((torch.tensor([1.0]), 0, 1, 4), 10, "int32 or int64, got float32"),
         ((torch.tensor([[1]]), 0, 1, 4), 11, r"shape \[M\], got \[1, 1\]"),
     ],

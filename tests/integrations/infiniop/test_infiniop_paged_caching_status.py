@@ -157,7 +157,7 @@ def test_scales_come_with_float8_caches_and_only_then(name):
     given = float8_arguments()
     refused(arguments() | {name: given[name]}, 3, f"{name} must be None for float32 caches, got a tensor.")
     refused(given | {name: None}, 3, f"{name} must be given for float8_e4m3fn caches, got None.")
-    refused(given | {"k_scale": given["v_scale"]}, 3, "v_scale must be a tensor of its own")
+    refused(given | {"k_scale": given["v_scale"]}, 3, "k_scale must not overlap v_scale")
 
 
 def test_tokens_that_need_several_moves_must_not_lie_in_the_pool():
@@ -175,21 +175,25 @@ def test_gradients_and_negated_views(name):
 
 
 def test_device_type_not_supported(monkeypatch):
-    given = {name: tensor.to("meta") for name, tensor in arguments().items()}
-
     def none_can(call, name):
         raise BackendUnavailableError(f"no backend can run {call}.")
 
     monkeypatch.setattr("pagedkv.kernels.backend._resolve", none_can)
-    with pytest.raises(InfiniopError, match="no backend can run store_kv on meta in float32") as error:
-        infiniop.paged_caching(**given)
-    assert error.value.status == 5
+    refused(arguments(), 5, "no backend can run store_kv on cpu in float32")
 
 
 def test_a_back_end_that_does_not_exist():
     with pytest.raises(InfiniopError, match="backend must be 'auto' or one of") as error:
         infiniop.paged_caching(**arguments(), backend="abacus")
     assert error.value.status == 3
+
+
+@pytest.mark.parametrize("backend", [[], None, 3], ids=str)
+def test_a_back_end_that_is_no_name(backend):
+    for function in (infiniop.Handle, lambda *, backend: infiniop.paged_caching(**arguments(), backend=backend)):
+        with pytest.raises(InfiniopError, match=f"backend must be .* got {type(backend).__name__}") as error:
+            function(backend=backend)
+        assert error.value.status == 3
 
 
 def test_tensors_of_two_devices():

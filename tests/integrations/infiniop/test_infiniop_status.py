@@ -104,14 +104,33 @@ def test_a_handle_of_no_device_here_is_refused(monkeypatch):
         (InfiniDevice.KUNLUN, "CPU, NVIDIA, .* got KUNLUN"),
         ("abacus", "got 'abacus'"),
         (7.5, "7.5"),
+        (0, "an InfiniDevice or one that this torch knows by name, got 0"),
+        (True, "got True"),
     ):
         with pytest.raises(InfiniopError, match=words) as error:
             Handle(device)
         assert error.value.status is InfiniStatus.DEVICE_TYPE_NOT_SUPPORTED
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InfiniopError, match="one of 0 CUDA devices, got 'cuda'") as error:
+    with pytest.raises(InfiniopError, match="one of 0 cuda devices, got 'cuda'") as error:
         Handle(InfiniDevice.NVIDIA)
     assert error.value.status is InfiniStatus.DEVICE_NOT_FOUND
+
+
+@pytest.mark.parametrize("device", ["cpu:3", torch.device("cpu", 1), "xla", "vulkan"], ids=str)
+def test_a_handle_of_a_known_type_that_is_not_there_is_refused(device):
+    with pytest.raises(InfiniopError, match=f"one of . (cpu|xla|vulkan) devices, got '{device}'") as error:
+        Handle(device)
+    assert error.value.status is InfiniStatus.DEVICE_NOT_FOUND
+
+
+def test_a_handle_names_its_device_as_tensors_do(monkeypatch):
+    assert Handle("cpu:0").device == torch.zeros(1).device
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert Handle("cuda").device == torch.device("cuda", 1)
+    assert Handle("cuda:0").device == torch.device("cuda", 0)
+    with pytest.raises(InfiniopError, match="one of 2 cuda devices, got 'cuda:2'"):
+        Handle("cuda:2")
 
 
 @pytest.mark.parametrize("stream", [1, True, "0", object()], ids=str)
@@ -139,7 +158,18 @@ def test_a_tensor_descriptor_is_metadata_alone():
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (([2, -1], [1, 1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, r"0 or more, got \[2, -1\]"),
+        (([2, -1], [1, 1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, r"0 or more .* got \[2, -1\]"),
+        (([2**63], [1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, r"below 2\*\*63, got"),
+        (([2**31, 2**31], [0, 0], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, r"less than 2\*\*63 bytes"),
+        (([2.5], [1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, r"shape must be a sequence of ints, got \[2.5\]"),
+        (([True], [1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, r"sequence of ints, got \[True\]"),
+        ((None, [1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, "sequence of ints, got None"),
+        (("ab", [1], torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, "sequence of ints, got 'ab'"),
+        (([1] * 65, [1] * 65, torch.float32), InfiniStatus.BAD_TENSOR_SHAPE, "at most 64 dims, got 65"),
+        (([2], ["x"], torch.float32), InfiniStatus.BAD_TENSOR_STRIDES, "strides must be a sequence of ints"),
+        (([2], 1, torch.float32), InfiniStatus.BAD_TENSOR_STRIDES, "sequence of ints, got 1"),
+        (([1], [2**70], torch.float32), InfiniStatus.BAD_TENSOR_STRIDES, "below 2"),
+        (([3], [2**60], torch.float32), InfiniStatus.BAD_TENSOR_STRIDES, r"less than 2\*\*63 bytes, got .* of \[3\]"),
         (([2, 1], [1], torch.float32), InfiniStatus.BAD_TENSOR_STRIDES, r"2 numbers .* got \[1\]"),
         (([2, 1], [-1, 1], torch.float32), InfiniStatus.BAD_TENSOR_STRIDES, r"got \[-1, 1\]"),
         (([2], [1], "float32"), InfiniStatus.BAD_TENSOR_DTYPE, "got str"),
@@ -150,6 +180,14 @@ def test_metadata_that_no_tensor_has_is_refused(arguments, status, words):
     with pytest.raises(InfiniopError, match=words) as error:
         infiniop.TensorDescriptor(*arguments)
     assert error.value.status is status
+
+
+def test_metadata_at_the_limits_passes():
+    assert infiniop.TensorDescriptor([2**60], [1], torch.float32).shape == (2**60,)
+    assert infiniop.TensorDescriptor([3], [2**60 - 1], torch.float32).footprint.num_bytes == 2**63 - 4
+    assert infiniop.TensorDescriptor([0, 2**62], [2**62, 2**62], torch.float64).footprint.num_bytes == 0
+    assert len(infiniop.TensorDescriptor([1] * 64, [1] * 64, torch.float32).shape) == 64
+    assert infiniop.TensorDescriptor(torch.ones(2, dtype=torch.int64), (1, 1), torch.float32).shape == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 
-from pagedkv.integrations.transformers import PagedModel, UnsupportedModelError
+from pagedkv.integrations.transformers import PagedModel, UnsupportedModelError, check_model
+from pagedkv.integrations.transformers.adapter import using_attention
 from pagedkv.integrations.transformers.tile_step import TileStep
 from pagedkv.storage.tiles.tile_cache import TileCache
+from pagedkv.testing.beams import other_defaults
+from pagedkv.testing.bits import same_bits
 from pagedkv.testing.numeric import assert_close_to_oracle
 from pagedkv.testing.rounded_cache import rounded
 from pagedkv.testing.tiny_models import tiny_model
@@ -188,8 +191,78 @@ def test_step_refuses_states_that_are_not_packed(paged):
     assert all(len(cache) == 0 for cache in caches.values())
 
 
-def test_step_refuses_attention_sinks():
+def test_step_refuses_attention_sinks_before_anything_is_written():
     paged = PagedModel(tiny_model("gpt_oss"))
-    step = TileStep(caches_for(paged), paged.geometry, torch.tensor([0]), 3, torch.tensor([0]))
-    with pytest.raises(UnsupportedModelError, match="layer 0 needs attention sinks"):
-        paged.forward(torch.arange(3), step)
+    with pytest.raises(UnsupportedModelError, match="layer 0 needs attention sinks, which tiles do not have"):
+        TileStep(caches_for(paged), paged.geometry, torch.tensor([0]), 3, torch.tensor([0]))
+    assert [layer.has_sinks for layer in paged.geometry.layers.values()] == [True, True]
+
+
+def test_default_device_and_dtype_of_the_caller_do_not_matter(paged):
+    caches, first, ids = caches_for(paged), torch.tensor([4, 0, 9]), torch.arange(6)
+    with other_defaults():
+        step = TileStep(caches, paged.geometry, first, 2)
+        assert {tensor.dtype for tensor in (step.beam_ids, step.position_ids, step.last_rows())} == {torch.int64}
+        assert (step.position_ids.tolist(), step.last_rows().tolist()) == ([4, 5, 0, 1, 9, 10], [1, 3, 5])
+        fresh = TileStep(caches, paged.geometry, torch.zeros_like(first, device="cpu"), 2)
+        logits = paged.forward(ids, fresh)
+    again = paged.forward(ids, TileStep(caches_for(paged), paged.geometry, torch.zeros_like(first), 2))
+    assert same_bits(logits, again)
+
+
+class Config:
+    """A config that may raise when it is told to name another attention function."""
+
+    def __init__(self, error=None):
+        self.said = "eager"
+        self.error = error
+
+    @property
+    def _attn_implementation_internal(self):
+        return self.said
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, name):
+        self.said = name
+        if self.error is not None and name == "pagedkv":
+            raise self.error
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt("planted")], ids=repr)
+def test_attention_is_as_it_was_when_entering_is_interrupted(error, place):
+    configs = [Config(error if index == place else None) for index in range(3)]
+    with pytest.raises(type(error), match="planted"), using_attention(configs, "pagedkv"):
+        pytest.fail("the block must not be entered")
+    assert [config.said for config in configs] == ["eager"] * 3
+    configs[place].error = None
+    # Nothing is left in the books either: who comes next finds and leaves what the configs said.
+    with using_attention(configs, "pagedkv"):
+        assert [config.said for config in configs] == ["pagedkv"] * 3
+    assert [config.said for config in configs] == ["eager"] * 3
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_interrupted_entering_leaves_others_inside(place):
+    shared = [Config(), Config()]
+    interrupted = [*shared[:place], Config(KeyboardInterrupt()), *shared[place:]]
+    with using_attention(shared, "pagedkv"):
+        with pytest.raises(KeyboardInterrupt), using_attention(interrupted, "pagedkv"):
+            pytest.fail("the block must not be entered")
+        assert [config.said for config in interrupted] == [
+            "eager" if config.error else "pagedkv" for config in interrupted
+        ]
+    assert [config.said for config in interrupted] == ["eager"] * 3
+
+
+def test_check_that_is_interrupted_leaves_the_model_in_training():
+    model = tiny_model("llama").train()
+
+    def interrupted():
+        model.model.training = False
+        raise KeyboardInterrupt
+
+    model.eval = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        check_model(model)
+    assert all(module.training for module in model.modules())

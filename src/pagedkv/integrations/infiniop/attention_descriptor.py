@@ -7,6 +7,7 @@ import torch
 from ...attention import plan_attention
 from ...kernels import paged_attention
 from ...kernels.attention_checks import as_float32
+from ...kernels.backend import OpCall
 from .block_tables import page_table_of, query_indptr_of
 from .handle import Handle
 from .operator_checks import (
@@ -15,6 +16,7 @@ from .operator_checks import (
     Sizes,
     check_contiguous_rows,
     check_dtype,
+    check_runs,
     check_scales,
     check_writable,
     described,
@@ -23,6 +25,7 @@ from .operator_checks import (
 from .operator_descriptor import OperatorDescriptor
 from .status import InfiniopError, InfiniStatus, as_infiniop_errors
 from .tensor_descriptor import TensorDescriptor, TensorLike
+from .tensor_memory import is_dense
 from .workspace import WorkspaceLayout
 
 __all__ = ["AttentionDescriptor", "described_tensors", "given_of", "result_of", "workspace_of"]
@@ -57,11 +60,12 @@ class AttentionDescriptor(OperatorDescriptor):
         with as_infiniop_errors():
             self._scale = as_float32("scale", scale)
         self._sizes = sizes
+        check_runs(handle, _op_call(handle, tensors, sizes))
         # The kernels fill contiguous memory; other results wait in the workspace.
         parts = [] if _is_contiguous(out) else [(out.shape, out.dtype)]
-        super().__init__(handle, tensors, WorkspaceLayout(*parts))
+        super().__init__(handle, tensors, WorkspaceLayout(*parts), results=("out",))
 
-    def _run(
+    def _attend(
         self,
         parts: list[torch.Tensor],
         out: torch.Tensor,
@@ -147,6 +151,14 @@ def _check_heads(sizes: Sizes) -> None:
         )
 
 
+def _op_call(handle: Handle, tensors: dict[str, TensorDescriptor | None], sizes: Sizes) -> OpCall:
+    """What `paged_attention` will ask of the back end."""
+    dtypes = tuple(given_of(tensors, name).dtype for name in ("q", "k_cache", "v_cache", "out"))
+    named = {"alibi_slopes": "alibi_slopes", "k_scale": "scales"}
+    features = frozenset(feature for name, feature in named.items() if tensors[name] is not None)
+    return OpCall("paged_attention", handle.device.type, dtypes, sizes["D"], sizes["Dv"], features)
+
+
 def _is_contiguous(given: TensorDescriptor) -> bool:
     expected = 1
     for size, stride in zip(reversed(given.shape), reversed(given.strides), strict=True):
@@ -160,8 +172,10 @@ def result_of(q: torch.Tensor, v_cache: object, out: torch.Tensor | None) -> tor
     """out, or a new one; whatever is wrong with q and v_cache is said when the descriptor is made."""
     if out is not None:
         return out
-    value_dim = v_cache.shape[-1] if isinstance(v_cache, torch.Tensor) and v_cache.dim() else q.shape[-1]
-    return q.new_empty((*q.shape[:-1], value_dim))
+    shape = list(q.shape)
+    if isinstance(v_cache, torch.Tensor) and is_dense(v_cache) and v_cache.dim() and shape:
+        shape[-1] = v_cache.shape[-1]
+    return q.new_empty(shape)
 
 
 def workspace_of(descriptor: OperatorDescriptor) -> torch.Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.attention_checks import check_no_overlap
 from ...kernels.store_kv import store_kv
 
 __all__ = ["store_tokens"]
@@ -23,9 +22,10 @@ def store_tokens(
 ) -> None:
     """Writes k [T, H, D] and v [T, H, Dv] into the slots of k_cache [N, H, P, D] and v_cache [N, H, P, >= Dv].
 
-    k_has_rows, v_has_rows: whether the last dims of both, tensor and cache, are contiguous.
+    k_has_rows, v_has_rows: whether the last dims of both, tensor and cache, are contiguous. If not, it takes several
+            moves, and tokens must not lie in the caches.
     Slots:  int64 [T]; all are checked before the first write.
-    Raises: ValueError, as `store_kv`; also where tokens that need several moves lie in what the first would write.
+    Raises: ValueError, as `store_kv`.
     """
     value_dim = v.shape[2]
     if v_cache.shape[3] != value_dim:
@@ -33,8 +33,6 @@ def store_tokens(
     if k_has_rows and v_has_rows:
         store_kv(k, v, k_cache, v_cache, slots, layout="HND", backend=backend)
         return
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_no_overlap(name, cache, k=k, v=v)
     _store_side(k, k_cache, slots, k_has_rows, backend)
     _store_side(v, v_cache, slots, v_has_rows, backend)
 

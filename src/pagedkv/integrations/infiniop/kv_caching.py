@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ...kernels.attention_checks import check_no_overlap
+from ...kernels.backend import OpCall
+from .between_graphs import runs_between_graphs
 from .cache_moves import store_tokens
 from .handle import Handle, handle_of
 from .operator_checks import FLOATING, Sizes, check_dtype, check_handle, check_runs, check_writable, described
 from .operator_descriptor import OperatorDescriptor
-from .status import as_infiniop_errors
 from .tensor_descriptor import TensorDescriptor, TensorLike
 from .workspace import WorkspaceLayout
 
@@ -28,6 +28,7 @@ class KvCachingDescriptor(OperatorDescriptor):
     """
 
     @classmethod
+    @runs_between_graphs
     def create(
         cls,
         handle: Handle,
@@ -73,7 +74,7 @@ class KvCachingDescriptor(OperatorDescriptor):
         sizes.check("past_kv_lengths", past_kv_lengths, "B")
         check_writable("k_cache", k_cache)
         check_writable("v_cache", v_cache)
-        check_runs(handle, "store_kv", k_cache.dtype)
+        check_runs(handle, OpCall("store_kv", handle.device.type, (k_cache.dtype,) * 2))
         self._num_requests, self._num_new, self._max_len = sizes["B"], sizes["L"], sizes["M"]
         self._k_has_rows = k.has_contiguous_rows and k_cache.has_contiguous_rows
         self._v_has_rows = v.has_contiguous_rows and v_cache.has_contiguous_rows
@@ -82,7 +83,11 @@ class KvCachingDescriptor(OperatorDescriptor):
         workspace = WorkspaceLayout(*((shape, torch.int64) for shape in (slots, starts, starts, (self._num_new,))))
         tensors: dict[str, TensorDescriptor | None]
         tensors = {"k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "past_kv_lengths": past_kv_lengths}
-        super().__init__(handle, tensors, workspace)
+        is_one_round = self._is_packed or min(self._num_requests, self._num_new) <= 1
+        moves_once = is_one_round and self._k_has_rows and self._v_has_rows
+        super().__init__(
+            handle, tensors, workspace, results=("k_cache", "v_cache"), movable=("k", "v") if moves_once else ()
+        )
 
     def calculate(
         self,
@@ -99,27 +104,32 @@ class KvCachingDescriptor(OperatorDescriptor):
 
         Owns:   writes only those positions, and the workspace. Nothing is written if the call raises.
         Raises: InfiniopError: the status of what is not as created; INSUFFICIENT_WORKSPACE; BAD_PARAM for a length
-                below 0, or that leaves no room for L more, and after destroy.
+                below 0, or that leaves no room for L more, for tensors that share memory, and after destroy.
         """
-        parts = self._begin(workspace, k_cache, v_cache, k, v, past_kv_lengths)
-        with self.handle.on_stream(stream), as_infiniop_errors():
-            if not self._num_requests or not self._num_new:
-                return
-            moves = list(self._moves(k, v, self._slots(past_kv_lengths, *parts)))
-            if len(moves) > 1:
-                for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-                    check_no_overlap(name, cache, k=k, v=v)
-            for keys, values, places in moves:
-                store_tokens(
-                    keys,
-                    values,
-                    k_cache,
-                    v_cache,
-                    places,
-                    k_has_rows=self._k_has_rows,
-                    v_has_rows=self._v_has_rows,
-                    backend=self.handle.backend,
-                )
+        self._calculate(workspace, (k_cache, v_cache, k, v, past_kv_lengths), stream)
+
+    def _run(
+        self,
+        parts: list[torch.Tensor],
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past_kv_lengths: torch.Tensor,
+    ) -> None:
+        if not self._num_requests or not self._num_new:
+            return
+        for keys, values, places in self._moves(k, v, self._slots(past_kv_lengths, *parts)):
+            store_tokens(
+                keys,
+                values,
+                k_cache,
+                v_cache,
+                places,
+                k_has_rows=self._k_has_rows,
+                v_has_rows=self._v_has_rows,
+                backend=self.handle.backend,
+            )
 
     def _slots(
         self,
@@ -138,8 +148,10 @@ class KvCachingDescriptor(OperatorDescriptor):
                 f"past_kv_lengths of request {request} must be in 0..{most} ({self._num_new} new tokens, max_len "
                 f"{self._max_len}), got {int(past[request])}."
             )
-        torch.arange(0, self._num_requests * self._max_len, self._max_len, out=starts)
-        torch.arange(self._num_new, out=positions)
+        # Without a device torch would take the default one, which need not be that of `out`.
+        device, end = self.handle.device, self._num_requests * self._max_len
+        torch.arange(0, end, self._max_len, dtype=torch.int64, device=device, out=starts)
+        torch.arange(self._num_new, dtype=torch.int64, device=device, out=positions)
         places = slots.view(self._num_requests, self._num_new)
         return torch.add(starts.add_(past)[:, None], positions, out=places)
 
@@ -157,6 +169,7 @@ class KvCachingDescriptor(OperatorDescriptor):
                 yield k[request].transpose(0, 1), v[request].transpose(0, 1), slots[request]
 
 
+@runs_between_graphs
 def kv_caching(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,

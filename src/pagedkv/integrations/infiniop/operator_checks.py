@@ -9,6 +9,7 @@ from ...shapes import dtype_name
 from .handle import Handle
 from .status import InfiniopError, InfiniStatus, as_infiniop_errors
 from .tensor_descriptor import TensorDescriptor, TensorLike
+from .tensor_memory import check_dense
 
 __all__ = [
     "FLOATING",
@@ -38,6 +39,7 @@ def described(handle: Handle, name: str, tensor: TensorLike | None) -> TensorDes
         raise InfiniopError(
             InfiniStatus.BAD_PARAM, f"{name} must be a tensor or its descriptor, got {type(tensor).__name__}."
         )
+    check_dense(name, tensor)
     if tensor.device != handle.device:
         raise InfiniopError(
             InfiniStatus.BAD_PARAM, f"{name} must be on {handle.device} like the handle, got {tensor.device}."
@@ -140,8 +142,12 @@ def check_contiguous_rows(name: str, given: TensorDescriptor) -> None:
         )
 
 
-def check_runs(handle: Handle, op: str, *dtypes: torch.dtype) -> None:
-    """Refuses, with DEVICE_TYPE_NOT_SUPPORTED, moves of a dtype that the handle's back end cannot run there."""
+def check_runs(handle: Handle, *calls: OpCall) -> None:
+    """Refuses, with DEVICE_TYPE_NOT_SUPPORTED, what the handle's back end cannot run."""
+    if handle.device.type == "meta":
+        raise InfiniopError(
+            InfiniStatus.DEVICE_TYPE_NOT_SUPPORTED, "handle must be of a device whose tensors have memory, got meta."
+        )
     with as_infiniop_errors():
-        for dtype in dtypes:
-            select(OpCall(op, handle.device.type, (dtype, dtype)), handle.backend)
+        for call in calls:
+            select(call, handle.backend)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .attention_descriptor import AttentionDescriptor, described_tensors, result_of, workspace_of
+from .between_graphs import runs_between_graphs
 from .handle import Handle, handle_of
 from .operator_checks import check_handle
-from .status import as_infiniop_errors
 from .tensor_descriptor import TensorLike
 
 __all__ = ["PagedAttentionDescriptor", "paged_attention"]
@@ -27,6 +27,7 @@ class PagedAttentionDescriptor(AttentionDescriptor):
     """
 
     @classmethod
+    @runs_between_graphs
     def create(
         cls,
         handle: Handle,
@@ -43,7 +44,8 @@ class PagedAttentionDescriptor(AttentionDescriptor):
     ) -> PagedAttentionDescriptor:
         """Checks everything but values; keeps no tensor.
 
-        Raises: InfiniopError: NULL_POINTER, BAD_TENSOR_DTYPE, BAD_TENSOR_SHAPE, BAD_PARAM, BAD_TENSOR_STRIDES.
+        Raises: InfiniopError: NULL_POINTER, BAD_TENSOR_DTYPE, BAD_TENSOR_SHAPE, BAD_PARAM, BAD_TENSOR_STRIDES,
+                DEVICE_TYPE_NOT_SUPPORTED.
         """
         check_handle(handle)
         given = {"out": out, "q": q, "k_cache": k_cache, "v_cache": v_cache}
@@ -70,16 +72,29 @@ class PagedAttentionDescriptor(AttentionDescriptor):
         """Fills out; tensors are as created.
 
         Raises: InfiniopError: the status of what is not as created; INSUFFICIENT_WORKSPACE; BAD_PARAM for a length
-                beyond the table, a block beyond the caches, an out that overlaps them, and after destroy;
-                DEVICE_TYPE_NOT_SUPPORTED.
+                beyond the table, a block beyond the caches, an out that overlaps any other, and after destroy.
         """
         tensors = out, q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale
-        parts = self._begin(workspace, *tensors)
-        with self.handle.on_stream(stream), as_infiniop_errors():
-            caches, scales = (k_cache, v_cache), (k_scale, v_scale)
-            self._run(parts, out, q, caches, block_tables, seq_lens, None, alibi_slopes, scales)
+        self._calculate(workspace, tensors, stream)
+
+    def _run(
+        self,
+        parts: list[torch.Tensor],
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        alibi_slopes: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+    ) -> None:
+        caches, scales = (k_cache, v_cache), (k_scale, v_scale)
+        self._attend(parts, out, q, caches, block_tables, seq_lens, None, alibi_slopes, scales)
 
 
+@runs_between_graphs
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,

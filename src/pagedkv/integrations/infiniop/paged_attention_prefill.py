@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from .attention_descriptor import AttentionDescriptor, described_tensors, given_of, result_of, workspace_of
+from .between_graphs import runs_between_graphs
 from .handle import Handle, handle_of
 from .operator_checks import check_handle
-from .status import InfiniopError, InfiniStatus, as_infiniop_errors
+from .status import InfiniopError, InfiniStatus
 from .tensor_descriptor import TensorLike
 
 __all__ = ["PagedAttentionPrefillDescriptor", "paged_attention_prefill"]
@@ -27,6 +28,7 @@ class PagedAttentionPrefillDescriptor(AttentionDescriptor):
     _rows = "T"
 
     @classmethod
+    @runs_between_graphs
     def create(
         cls,
         handle: Handle,
@@ -83,11 +85,27 @@ class PagedAttentionPrefillDescriptor(AttentionDescriptor):
                 of q, and for a sequence with keys, but fewer than rows.
         """
         indices = block_tables, seq_lens, cum_seq_lens_q
-        parts = self._begin(workspace, out, q, k_cache, v_cache, *indices, alibi_slopes, k_scale, v_scale)
-        with self.handle.on_stream(stream), as_infiniop_errors():
-            self._run(parts, out, q, (k_cache, v_cache), *indices, alibi_slopes, (k_scale, v_scale))
+        self._calculate(workspace, (out, q, k_cache, v_cache, *indices, alibi_slopes, k_scale, v_scale), stream)
+
+    def _run(
+        self,
+        parts: list[torch.Tensor],
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cum_seq_lens_q: torch.Tensor,
+        alibi_slopes: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+    ) -> None:
+        indices = block_tables, seq_lens, cum_seq_lens_q
+        self._attend(parts, out, q, (k_cache, v_cache), *indices, alibi_slopes, (k_scale, v_scale))
 
 
+@runs_between_graphs
 def paged_attention_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,

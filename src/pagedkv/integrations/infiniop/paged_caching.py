@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from ...kernels.backend import OpCall
 from ...kernels.store_kv import store_kv
+from .between_graphs import runs_between_graphs
 from .cache_moves import store_tokens
 from .float8_rows import Float8Scratch, quantize_rows
 from .handle import Handle, handle_of
@@ -23,8 +25,8 @@ from .operator_checks import (
     described_or_none,
 )
 from .operator_descriptor import OperatorDescriptor
-from .status import as_infiniop_errors
 from .tensor_descriptor import TensorDescriptor, TensorLike
+from .tensor_memory import is_dense
 from .workspace import WorkspaceLayout
 
 __all__ = ["PagedCachingDescriptor", "paged_caching"]
@@ -43,6 +45,7 @@ class PagedCachingDescriptor(OperatorDescriptor):
     """
 
     @classmethod
+    @runs_between_graphs
     def create(
         cls,
         handle: Handle,
@@ -95,14 +98,23 @@ class PagedCachingDescriptor(OperatorDescriptor):
         results = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
         for name, result in results.items():
             check_writable(name, result)
-        check_runs(handle, "store_kv", k_cache.dtype, *((torch.float32,) if self._is_quantised else ()))
+        moved = (k_cache.dtype, torch.float32) if self._is_quantised else (k_cache.dtype,)
+        check_runs(handle, *(OpCall("store_kv", handle.device.type, (dtype, dtype)) for dtype in moved))
         self._num_tokens = sizes["T"]
         # Codes of the tokens are contiguous in the workspace.
         self._k_has_rows = k_cache.has_contiguous_rows and (self._is_quantised or k.has_contiguous_rows)
         self._v_has_rows = v_cache.has_contiguous_rows and (self._is_quantised or v.has_contiguous_rows)
         self._widens = slot_mapping.dtype != torch.int64
         tensors = {"k": k, "v": v, "slot_mapping": slot_mapping, "k_scale": k_scale, "v_scale": v_scale}
-        super().__init__(handle, {"k_cache": k_cache, "v_cache": v_cache, **tensors}, self._layout(sizes))
+        # Codes are made of all tokens before the first of them is stored.
+        moves_once = self._is_quantised or (self._k_has_rows and self._v_has_rows)
+        super().__init__(
+            handle,
+            {"k_cache": k_cache, "v_cache": v_cache, **tensors},
+            self._layout(sizes),
+            results=tuple(results),
+            movable=("k", "v") if moves_once else (),
+        )
 
     def _layout(self, sizes: Sizes) -> WorkspaceLayout:
         num_tokens, heads, dim, value_dim = (sizes[symbol] for symbol in ("T", "H", "D", "Dv"))
@@ -132,33 +144,43 @@ class PagedCachingDescriptor(OperatorDescriptor):
 
         Owns:   writes only the named slots, and the workspace. Nothing is written if the call raises.
         Raises: InfiniopError: the status of what is not as created; INSUFFICIENT_WORKSPACE; BAD_PARAM for a slot
-                beyond the pool, and after destroy.
+                beyond the pool, for tensors that share memory, and after destroy. k and v may lie in the caches, and
+                count as they were before the call, if last dims are contiguous or caches are float8.
         """
-        parts = self._begin(workspace, k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale)
-        with self.handle.on_stream(stream), as_infiniop_errors():
-            if not self._num_tokens:
-                return
-            if self._widens:
-                slot_mapping = parts.pop(0).copy_(slot_mapping)
-            if k_scale is None or v_scale is None:
-                self._move(k, v, k_cache, v_cache, slot_mapping)
-                return
-            if k_scale is v_scale:
-                raise ValueError("v_scale must be a tensor of its own, got k_scale: one would write over the other.")
-            k_codes, v_codes, k_factors, v_factors, *scratch = parts
-            quantize_rows(k, k_codes, k_factors, Float8Scratch(*scratch))
-            quantize_rows(v, v_codes, v_factors, Float8Scratch(*scratch))
-            self._move(k_codes, v_codes, k_cache, v_cache, slot_mapping)
-            # Scales are rows of one element.
-            store_kv(
-                k_factors.unsqueeze(-1),
-                v_factors.unsqueeze(-1),
-                k_scale.unsqueeze(-1),
-                v_scale.unsqueeze(-1),
-                slot_mapping,
-                layout="HND",
-                backend=self.handle.backend,
-            )
+        self._calculate(workspace, (k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale), stream)
+
+    def _run(
+        self,
+        parts: list[torch.Tensor],
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+    ) -> None:
+        if not self._num_tokens:
+            return
+        if self._widens:
+            slot_mapping = parts.pop(0).copy_(slot_mapping)
+        if k_scale is None or v_scale is None:
+            self._move(k, v, k_cache, v_cache, slot_mapping)
+            return
+        k_codes, v_codes, k_factors, v_factors, *scratch = parts
+        quantize_rows(k, k_codes, k_factors, Float8Scratch(*scratch))
+        quantize_rows(v, v_codes, v_factors, Float8Scratch(*scratch))
+        self._move(k_codes, v_codes, k_cache, v_cache, slot_mapping)
+        # Scales are rows of one element.
+        store_kv(
+            k_factors.unsqueeze(-1),
+            v_factors.unsqueeze(-1),
+            k_scale.unsqueeze(-1),
+            v_scale.unsqueeze(-1),
+            slot_mapping,
+            layout="HND",
+            backend=self.handle.backend,
+        )
 
     def _move(
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
@@ -175,6 +197,7 @@ class PagedCachingDescriptor(OperatorDescriptor):
         )
 
 
+@runs_between_graphs
 def paged_caching(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -198,8 +221,8 @@ def paged_caching(
     """
     handle = handle_of("k_cache", k_cache, backend)
     tensors = k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale
-    if all(tensor is None or isinstance(tensor, torch.Tensor) for tensor in tensors):
-        descriptor = _descriptor(handle, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
+    if all(tensor is None or is_dense(tensor) for tensor in tensors):
+        descriptor = _descriptor(handle, *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
     else:
         descriptor = PagedCachingDescriptor.create(handle, *tensors)
     size = descriptor.workspace_size

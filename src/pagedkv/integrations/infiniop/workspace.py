@@ -8,6 +8,7 @@ import torch
 
 from ...shapes import dtype_name
 from .status import InfiniopError, InfiniStatus
+from .tensor_memory import address_of, check_dense
 
 __all__ = ["WorkspaceLayout"]
 
@@ -46,10 +47,7 @@ class WorkspaceLayout:
         return [workspace[start : start + size].view(dtype).view(shape) for start, size, shape, dtype in self._parts]
 
     def _check(self, workspace: torch.Tensor, device: torch.device) -> None:
-        if not isinstance(workspace, torch.Tensor):
-            raise InfiniopError(
-                InfiniStatus.BAD_PARAM, f"workspace must be a torch.Tensor or None, got {type(workspace).__name__}."
-            )
+        check_dense("workspace", workspace)
         if workspace.dtype != torch.uint8:
             raise InfiniopError(
                 InfiniStatus.BAD_TENSOR_DTYPE, f"workspace must have dtype uint8, got {dtype_name(workspace.dtype)}."
@@ -66,8 +64,9 @@ class WorkspaceLayout:
             raise InfiniopError(
                 InfiniStatus.BAD_PARAM, f"workspace must be on {device} like the handle, got {workspace.device}."
             )
-        if self._parts and (workspace.data_ptr() % _ALIGNMENT or workspace.storage_offset() % _ALIGNMENT):
+        address = address_of("workspace", workspace)
+        if self._parts and (address % _ALIGNMENT or workspace.storage_offset() % _ALIGNMENT):
             raise InfiniopError(
                 InfiniStatus.BAD_PARAM,
-                f"workspace must be aligned to {_ALIGNMENT} bytes, got address {workspace.data_ptr():#x}.",
+                f"workspace must be aligned to {_ALIGNMENT} bytes, got address {address:#x}.",
             )

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,8 +36,17 @@ __all__ = [
 
 _FALLBACK = "sdpa"
 
-# What each config said before `using_attention` changed it, and how many callers are inside: by id of the config.
-_changed: dict[int, tuple[str | None, int]] = {}
+
+@dataclass(eq=False)
+class _Change:
+    """What a config said before `using_attention` changed it, and the callers that are inside."""
+
+    before: str | None
+    users: set[object] = field(default_factory=set)
+
+
+# By id of the config.
+_changed: dict[int, _Change] = {}
 _changed_lock = threading.Lock()
 
 
@@ -74,26 +84,34 @@ def configs_of(model: PreTrainedModel) -> list[Any]:
 
 @contextmanager
 def using_attention(configs: list[Any], name: str) -> Iterator[None]:
-    """Makes the configs name another attention function, and undoes it at the end, also after an error.
+    """Makes the configs name another attention function, and undoes it at the end, also after an error or an interrupt.
 
     Threads: a config is shared by all users of a model, so the change is seen by them for as long as the first and the
              last caller are inside; that is why the registered functions fall back to what the config said before.
     """
-    for config in configs:
-        with _changed_lock:
-            before, num_inside = _changed.get(id(config), (config._attn_implementation_internal, 0))
-            _changed[id(config)] = before, num_inside + 1
-            config._attn_implementation_internal = name
+    user = object()
     try:
-        yield
-    finally:
         for config in configs:
             with _changed_lock:
-                before, num_inside = _changed.pop(id(config))
-                if num_inside > 1:
-                    _changed[id(config)] = before, num_inside - 1
-                else:
-                    config._attn_implementation_internal = before
+                change = _changed.setdefault(id(config), _Change(config._attn_implementation_internal))
+                change.users.add(user)
+                config._attn_implementation_internal = name
+        yield
+    finally:
+        # Of any config, wherever the loop above was stopped: to take out a user who never came in changes nothing.
+        for config in configs:
+            with _changed_lock:
+                _leave(config, user)
+
+
+def _leave(config: Any, user: object) -> None:
+    change = _changed.get(id(config))
+    if change is None:
+        return
+    change.users.discard(user)
+    if not change.users:
+        config._attn_implementation_internal = change.before
+        del _changed[id(config)]
 
 
 def fallback_attention(module: torch.nn.Module) -> Callable[..., Any]:
@@ -116,5 +134,5 @@ def fallback_mask(config: Any) -> Callable[..., Any] | None:
 
 def _implementation_before(config: Any) -> str:
     with _changed_lock:
-        before = _changed.get(id(config), (None, 0))[0]
-    return before or _FALLBACK
+        change = _changed.get(id(config))
+    return (change.before if change else None) or _FALLBACK

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...shapes import dtype_name
 from ...spec import CACHE_DTYPES, KVCacheSpec
 from .adapter import PreTrainedModel, configs_of, layer_types, text_config, uses_attention_interface, using_attention
 from .attention import ATTENTION_NAME, CONTEXT_ARGUMENT, AttentionCall, paged_call
@@ -20,7 +21,11 @@ _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "dummy"})
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One attention layer. `stored_in` is the layer whose keys and values it reads: its own, or an earlier one's."""
+    """One attention layer.
+
+    stored_in: the layer whose keys and values it reads: its own, or an earlier one's.
+    has_sinks: whether its softmax counts learned logits beside those of the keys.
+    """
 
     stored_in: int
     num_q_heads: int
@@ -28,6 +33,7 @@ class LayerInfo:
     head_dim: int
     value_dim: int
     window: int | None
+    has_sinks: bool
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,8 @@ def check_model(model: Any) -> ModelGeometry:
     types, windows = _check_config(name, model)
     probe = _Probe(name)
     were_training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         _run_probe(model, probe)
     finally:
         for module in were_training:
@@ -135,11 +141,15 @@ class _Probe:
             raise UnsupportedModelError(
                 f"{self._model_name} attends over other keys and values than it caches in layer {call.layer_idx}."
             )
+        if call.query.dtype not in CACHE_DTYPES:
+            raise UnsupportedModelError(
+                f"{self._model_name} computes attention in {dtype_name(call.query.dtype)}, which no back end does."
+            )
         _, num_q_heads, num_tokens, head_dim = call.query.shape
         num_kv_heads, value_dim = call.value.shape[1], call.value.shape[3]
-        self.layers[call.layer_idx] = LayerInfo(
-            owner, num_q_heads, num_kv_heads, head_dim, value_dim, call.arguments.window
-        )
+        arguments = call.arguments
+        dims = num_q_heads, num_kv_heads, head_dim, value_dim
+        self.layers[call.layer_idx] = LayerInfo(owner, *dims, arguments.window, arguments.sinks is not None)
         return call.query.new_zeros(1, num_tokens, num_q_heads, value_dim)
 
     def __getattr__(self, name: str) -> Any:
@@ -154,10 +164,10 @@ def _run_probe(model: Any, probe: _Probe) -> None:
     device = model.get_input_embeddings().weight.device
     arguments = {
         "input_ids": torch.zeros(1, 2, dtype=torch.int64, device=device),
-        "position_ids": torch.arange(2, device=device)[None],
+        "position_ids": torch.arange(2, dtype=torch.int64, device=device)[None],
         "past_key_values": probe,
         "use_cache": True,
-        "logits_to_keep": torch.tensor([1], device=device),
+        "logits_to_keep": torch.tensor([1], dtype=torch.int64, device=device),
         CONTEXT_ARGUMENT: probe,
     }
     with using_attention(configs_of(model), ATTENTION_NAME), paged_call(), torch.inference_mode():

@@ -15,7 +15,7 @@ from .errors import UnsupportedModelError
 from .geometry import LayerInfo, ModelGeometry
 from .storable import as_storable
 
-__all__ = ["TileStep"]
+__all__ = ["TileStep", "check_tile_model"]
 
 
 class TileStep:
@@ -26,7 +26,8 @@ class TileStep:
             each row has, no beam twice, by default beam r. Both on the CPU or on the device of the caches.
     When:   one step serves one forward pass.
     Owns:   stores the new tokens in `caches` while the model runs, layer by layer, and nothing else.
-    Raises: ValueError, TypeError for what does not fit each other, before anything is written.
+    Raises: UnsupportedModelError for a model that tiles cannot run, ValueError, TypeError for what does not fit each
+            other, before anything is written.
     """
 
     # What transformers asks of a cache besides update().
@@ -43,6 +44,7 @@ class TileStep:
         *,
         backend: str = "auto",
     ) -> None:
+        check_tile_model(geometry)
         check_int("num_new_tokens", num_new_tokens, minimum=1)
         one = _check_caches(caches, geometry)
         self.caches = caches
@@ -50,7 +52,8 @@ class TileStep:
         self.num_new_tokens = num_new_tokens
         self.beam_ids = _checked_beams(beam_ids, one)
         self.first_tokens = _checked_first_tokens(first_tokens, caches, self.num_rows, num_new_tokens)
-        self.position_ids = (self.first_tokens[:, None] + torch.arange(num_new_tokens, device=one.device)).reshape(-1)
+        new = torch.arange(num_new_tokens, dtype=torch.int64, device=one.device)
+        self.position_ids = (self.first_tokens[:, None] + new).reshape(-1)
         self._seq_lens = (self.first_tokens + num_new_tokens).to(torch.int32)
         self._backend = backend
 
@@ -66,7 +69,8 @@ class TileStep:
 
     def last_rows(self) -> torch.Tensor:
         """The packed row of the last new token of each beam, [R] int64."""
-        return torch.arange(1, self.num_rows + 1, device=self.position_ids.device) * self.num_new_tokens - 1
+        rows = torch.arange(1, self.num_rows + 1, dtype=torch.int64, device=self.position_ids.device)
+        return rows * self.num_new_tokens - 1
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -90,8 +94,6 @@ class TileStep:
         if layer is None:
             raise ValueError(f"layer {call.layer_idx} must be one of the model that was checked, got another.")
         arguments = call.arguments
-        if arguments.sinks is not None:
-            raise UnsupportedModelError(f"layer {call.layer_idx} needs attention sinks, which tiles do not have.")
         window = layer.window if arguments.window is None else arguments.window
         query = self._by_row(call.query)
         out = tile_attention(
@@ -126,6 +128,16 @@ class TileStep:
         return states[0].transpose(0, 1).view(self.num_rows, self.num_new_tokens, num_heads, head_dim)
 
 
+def check_tile_model(geometry: ModelGeometry) -> None:
+    """Refuses a model that runs over pages and not over tiles.
+
+    Raises: UnsupportedModelError naming the layer and what it needs.
+    """
+    for index, layer in geometry.layers.items():
+        if layer.has_sinks:
+            raise UnsupportedModelError(f"layer {index} needs attention sinks, which tiles do not have.")
+
+
 def _check_caches(caches: Mapping[int, TileCache], geometry: ModelGeometry) -> TileCache:
     """One of the caches, after making sure that each is what its layer needs and that all are alike in beams."""
     storing = {index: layer for index, layer in geometry.layers.items() if layer.stored_in == index}
@@ -153,7 +165,7 @@ def _check_cache(index: int, cache: TileCache, layer: LayerInfo) -> None:
 
 def _checked_beams(beam_ids: torch.Tensor | None, cache: TileCache) -> torch.Tensor:
     if beam_ids is None:
-        return torch.arange(cache.num_beams, device=cache.device)
+        return torch.arange(cache.num_beams, dtype=torch.int64, device=cache.device)
     Shapes().check("beam_ids", beam_ids, "R")
     check_dtype("beam_ids", beam_ids, torch.int64)
     beams = beam_ids.tolist()

@@ -30,6 +30,9 @@ Array = npt.NDArray[Any]
 # Moves keep every bit, so numbers pass through numpy as integers of their size: it has no bfloat16.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# How much of the index is in memory at once before it is known to be sound.
+_CHUNK_BYTES = 1 << 20
+
 
 def write_tile_file(path: FilePath, record: TileRecord) -> None:
     """Writes the record as the file at `path`, in the place of what is there.
@@ -47,16 +50,22 @@ def write_tile_file(path: FilePath, record: TileRecord) -> None:
     replace_file(path, [memoryview(header.pack()), *index, *map(_buffer, arrays)])
 
 
-def read_tile_file(path: FilePath, *, kind: str, geometry: TileGeometry, capacity: int) -> TileRecord:
+def read_tile_file(
+    path: FilePath, *, kind: str, geometry: TileGeometry, capacity: int, max_names: int | None = None
+) -> TileRecord:
     """Reads the file at `path` for a cache of this kind and geometry that holds `capacity` stored tiles (POOL: pages).
 
-    Owns:   the record's tensors are new. Nothing is allocated before the file's size is what its header says.
+    max_names: the most names the cache has places for (POOL: beams * heads * tiles); None is no bound.
+    Owns:   the record's tensors are new. Nothing is allocated before the file's size is what its header says, nor for
+            the index before its checksum holds. Who forges both can ask for as much as the file is long.
     Raises: CorruptPageError for any damaged, missing or surplus byte; ValueError for a sound file that does not fit: of
-            another version, byte order, kind, dtype or geometry, or larger than the capacity; OSError for what is no
-            readable file, such as a folder or a FIFO.
+            another version, byte order, kind, dtype or geometry, of more tiles than the capacity or more names than
+            max_names; OSError for what is no readable file, such as a folder or a FIFO.
     """
     check_choice("kind", kind, (HOST, POOL))
     check_int("capacity", capacity, minimum=0)
+    if max_names is not None:
+        check_int("max_names", max_names, minimum=0)
     name = os.fsdecode(path)
     with open(path, "rb", buffering=0, opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
@@ -67,7 +76,7 @@ def read_tile_file(path: FilePath, *, kind: str, geometry: TileGeometry, capacit
         header = TileFileHeader.unpack(bytes(raw), name)
         if status.st_size != header.file_bytes:
             raise corrupt(name, "file of", f"{header.file_bytes} bytes", status.st_size)
-        header.check_fits(name, kind, geometry, capacity)
+        header.check_fits(name, kind, geometry, capacity, max_names)
         names, named, checksums = _read_index(file, header, name)
         arrays = [_read_array(file, dtype.itemsize, shape, name) for dtype, shape in header.stored()]
     _check_tiles(arrays, checksums, names, named, name)
@@ -110,7 +119,7 @@ def _array(tensor: torch.Tensor) -> Array:
 def _tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
     if not array.size:
         # Strides of an empty numpy array are 0, and torch refuses views of such.
-        return torch.empty(array.shape, dtype=dtype)
+        return torch.empty(array.shape, dtype=dtype, device="cpu")
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)).view(dtype)
 
 
@@ -158,16 +167,34 @@ def _read_array(file: io.FileIO, itemsize: int, shape: tuple[int, ...], path: st
 
 
 def _read_index(file: io.FileIO, header: TileFileHeader, path: str) -> tuple[Array, Array, Array]:
+    _check_index(file, header, path)
     names = _read_array(file, 8, (header.num_names, 4), path)
     named = _read_array(file, 8, (header.num_names,), path)
     checksums = _read_array(file, 4, (header.num_stored,), path).view("<u4")
-    actual = _checksum([_buffer(array) for array in (names, named, checksums)])
-    if actual != header.index_checksum:
-        raise corrupt(path, "index checksum", f"{header.index_checksum:#010x}", f"{actual:#010x}")
+    # Once more: the file may have changed since.
+    _compare_index(header, _checksum([_buffer(array) for array in (names, named, checksums)]), path)
     defect = names_defect(header.kind, names, named, header.num_stored)
     if defect:
         raise CorruptPageError(f"tile file {path} is corrupt: {defect}.")
     return names, named, checksums
+
+
+def _check_index(file: io.FileIO, header: TileFileHeader, path: str) -> None:
+    """Reads the index and goes back to its beginning; a length that is not true costs no memory."""
+    actual, left = 0, header.index_bytes
+    chunk = memoryview(bytearray(min(left, _CHUNK_BYTES)))
+    while left:
+        chunk = chunk[:left]
+        _read(file, chunk, path)
+        actual = zlib.crc32(chunk, actual)
+        left -= len(chunk)
+    _compare_index(header, actual, path)
+    file.seek(HEADER_BYTES)
+
+
+def _compare_index(header: TileFileHeader, actual: int, path: str) -> None:
+    if actual != header.index_checksum:
+        raise corrupt(path, "index checksum", f"{header.index_checksum:#010x}", f"{actual:#010x}")
 
 
 def _check_tiles(arrays: Sequence[Array], checksums: Array, names: Array, named: Array, path: str) -> None:

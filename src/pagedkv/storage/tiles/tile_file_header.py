@@ -108,7 +108,9 @@ class TileFileHeader:
             raise corrupt(path, "reserved bytes", "zero", raw[_FIELDS.size - 24 : _FIELDS.size].hex(" "))
         return header
 
-    def check_fits(self, path: str, kind: str, geometry: TileGeometry, capacity: int) -> None:
+    def check_fits(
+        self, path: str, kind: str, geometry: TileGeometry, capacity: int, max_names: int | None = None
+    ) -> None:
         """Raises ValueError for a sound file that a cache of this kind, geometry and capacity cannot hold."""
         asked = {"kind": kind, "dtype": dtype_name(geometry.dtype)}
         found: dict[str, object] = {"kind": self.kind, "dtype": dtype_name(self.dtype)}
@@ -122,6 +124,11 @@ class TileFileHeader:
         if self.num_stored > capacity:
             raise ValueError(
                 f"stored tiles of tile file {path} must be at most the capacity {capacity}, got {self.num_stored}."
+            )
+        if max_names is not None and self.num_names > max_names:
+            raise ValueError(
+                f"names of tile file {path} must be at most {max_names}, all that the cache has places for, "
+                f"got {self.num_names}."
             )
 
     def _sections(self) -> tuple[int, int, int, int]:
