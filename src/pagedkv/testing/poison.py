@@ -71,10 +71,10 @@ def owned_slots(table: PageTable, num_pages: int) -> torch.Tensor:
     """[N, P] bool: the slots that hold a token of some sequence of `table`."""
     if table.max_page >= num_pages:
         raise ValueError(f"table must name pages below {num_pages} (N), got {table.max_page}.")
-    owned = torch.zeros(num_pages, table.page_size, dtype=torch.bool)
-    indices, starts = table.indices.tolist(), table.indptr.tolist()
-    for sequence, seq_len in enumerate(table.seq_lens.tolist()):
-        for position in range(0, seq_len, table.page_size):
-            page = indices[starts[sequence] + position // table.page_size]
-            owned[page, : seq_len - position] = True
-    return owned
+    indptr, indices = table.indptr.long().cpu(), table.indices.long().cpu()
+    starts, num_entries = indptr[:-1], indptr.diff()
+    positions = torch.arange(len(indices), device="cpu") - starts.repeat_interleave(num_entries)
+    lengths = table.seq_lens.long().cpu().repeat_interleave(num_entries) - positions * table.page_size
+    # A page may stand in the table more than once.
+    most = torch.zeros(num_pages, dtype=torch.int64, device="cpu").scatter_reduce_(0, indices, lengths, "amax")
+    return torch.arange(table.page_size, device="cpu") < most[:, None]

@@ -13,23 +13,22 @@ def paged_attention(query, key_pages, value_pages, plan, options, out, lse):
     """Fills out and, when it is asked for, lse."""
     starts = plan.query_indptr.tolist()
     for sequence in range(plan.num_seqs):
-        for row in range(starts[sequence], starts[sequence + 1]):
-            position = int(plan.seq_lens[sequence]) - starts[sequence + 1] + row
-            tokens = [token for token in range(num_keys(plan, sequence)) if is_seen(plan, sequence, position, token)]
+        rows = range(starts[sequence], starts[sequence + 1])
+        num_tokens = num_keys(plan, sequence) if rows else 0
+        slots = np.array([slot_of(plan, sequence, token) for token in range(num_tokens)], int).reshape(-1, 2)
+        for row in rows:
+            position = int(plan.seq_lens[sequence]) - rows.stop + row
+            tokens = np.array([token for token in range(num_tokens) if is_seen(plan, sequence, position, token)], int)
             for head in range(plan.num_q_heads):
-                slots = [(*slot_of(plan, sequence, token), kv_head(plan, head)) for token in tokens]
+                at = *slots[tokens].T, kv_head(plan, head)
                 element = query[row, head].numpy().astype(np.float64)
-                keys, values = (_elements(pages, slots) for pages in (key_pages, value_pages))
+                keys, values = (pages.numpy()[at].astype(np.float64) for pages in (key_pages, value_pages))
                 logits = keys @ element * options.sm_scale
-                logits = changed(logits, np.array(tokens) - position, head, options)
+                logits = changed(logits, tokens - position, head, options)
                 result, log_sum = softmax_sum(logits, values, head, options)
                 out[row, head] = out.new_tensor(result * options.value_scale)
                 if lse is not None:
                     lse[row, head] = log_sum
-
-
-def _elements(pages, slots):
-    return np.array([pages[slot].numpy() for slot in slots], np.float64).reshape(len(slots), pages.shape[3])
 
 
 def num_keys(plan, sequence):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from .quantising import codes_and_scale
@@ -41,7 +43,7 @@ def copy_pages(src_pages, dst_pages, src, dst):
         for page in ids:
             if not 0 <= page < len(pages):
                 raise ValueError(f"{name} must be in [0, {len(pages)}), got {page}.")
-    again = {page for page in targets if targets.count(page) > 1}
+    again = {page for page, times in Counter(targets).items() if times > 1}
     if is_one_tensor(src_pages, dst_pages):
         again |= set(sources) & set(targets)
     if again:

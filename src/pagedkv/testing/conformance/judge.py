@@ -11,9 +11,10 @@ import torch
 
 from ...kernels.attention_plan import AttentionPlan
 from ..bits import same_bits, storage_bytes
-from .case import Check
+from ..numeric import assert_close_to_oracle
+from .case import Check, threads_of_caller
 
-__all__ = ["assert_same", "assert_same_memory", "moves_as_reference", "placed", "refuses"]
+__all__ = ["assert_rounded_once", "assert_same", "assert_same_memory", "moves_as_reference", "placed", "refuses"]
 
 Arguments = Mapping[str, Any]
 CPU = torch.device("cpu")
@@ -54,8 +55,10 @@ def moves_as_reference(op: Callable[..., Any], make: Callable[[], Arguments]) ->
     def check(backend: str, device: torch.device) -> None:
         arguments = make()
         expected, actual = placed(arguments, CPU), placed(arguments, device)
-        results = _tensors(op(**expected, backend="reference")), _tensors(op(**actual, backend=backend))
-        for number, (wanted, given) in enumerate(zip(*results, strict=True)):
+        wanted_results = _tensors(op(**expected, backend="reference"))
+        with threads_of_caller():
+            results = _tensors(op(**actual, backend=backend))
+        for number, (wanted, given) in enumerate(zip(wanted_results, results, strict=True)):
             assert_same(f"result {number}", given, wanted)
         assert_same_memory(actual, expected)
 
@@ -70,7 +73,8 @@ def refuses(op: Callable[..., Any], make: Callable[[], Arguments], culprit: str)
         actual = placed(arguments, device)
         words = None
         try:
-            op(**actual, backend=backend)
+            with threads_of_caller():
+                op(**actual, backend=backend)
         except ValueError as error:
             words = str(error)
         assert_same_memory(actual, arguments)
@@ -105,6 +109,25 @@ def assert_same(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None
     raise AssertionError(
         f"{name} must have the bits expected, got {len(differs)} of {expected.numel()} elements that differ, "
         f"the first at {list(first)}: {actual[first].item()} instead of {expected[first].item()}."
+    )
+
+
+def assert_rounded_once(name: str, actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """The rule of `testing/numeric.py` and, of 16 bits, that each element was rounded to nearest, not cut.
+
+    For results that are computed in float32: half of the distance between two numbers of the dtype at each element, and
+    twice the largest error of plain torch.
+    """
+    assert_close_to_oracle(name, actual, exact, plain)
+    if actual.dtype == torch.float32 or not actual.numel():
+        return
+    limits = torch.finfo(actual.dtype)
+    unit = torch.exp2(torch.frexp(exact)[1].double() - 1).clamp(min=limits.tiny) * limits.eps
+    errors = (actual.double() - exact).abs()
+    beyond = float((errors - unit / 2).max())
+    allowed = 2 * float((plain.double() - exact).abs().max())
+    assert beyond <= allowed, (
+        f"{name} must be rounded to nearest, got {beyond:.3g} more than half a unit in the last place."
     )
 
 
