@@ -455,6 +455,111 @@ def test_threads_read_while_another_beam_changes(on_host):
     assert all(same_bits(result, right) for result in results)
 
 
+# Lengths far beyond what a cache holds.
+
+
+def streamed(head_dim=8):
+    """A sequence of 2**31 - 1 tokens of which a cache in RAM has the first tile and two near the end, and all of it."""
+    cache, last = HostTileCache(8, 4, head_dim), (2**31 - 1) // 4
+    positions, key, value = [], torch.randn(3, 4, head_dim), torch.randn(3, 4, head_dim)
+    for row, tile in enumerate((0, last - 2, last)):
+        cache.put((5, 0, tile, "k"), key[row])
+        cache.put((5, 0, tile, "v"), value[row])
+        positions += range(4 * tile, 4 * tile + 4)
+    # A tile without values, and one of another head.
+    cache.put((5, 0, last - 1, "k"), key[0])
+    cache.put((5, 1, last - 1, "v"), key[0])
+    return cache, torch.tensor(positions)[:11], key.flatten(0, 1)[:11], value.flatten(0, 1)[:11]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window_left": 10}, {"causal": False, "window_left": 4}], ids=str
+)
+@pytest.mark.parametrize("missing_end", [0, 1, 40])
+def test_a_length_beyond_the_tiles_costs_nothing(options, missing_end):
+    cache, positions, key, value = streamed()
+    for cut in range(missing_end):
+        cache.remove((5, 0, (2**31 - 1) // 4 - cut, "k"))
+    there = positions < 4 * ((2**31 - 1) // 4 - missing_end + 1)
+    query = torch.randn(1, 6, 2, 8)
+    state = tile_attention(
+        query, cache, int32(2**31 - 1), beam_ids=int64(5), num_kv_heads=1, missing="skip", return_lse=True, **options
+    )
+    rows = torch.arange(2**31 - 7, 2**31 - 1)[:, None]
+    seen = there & ((positions <= rows) | (not options.get("causal", True)))
+    seen &= positions >= rows - options.get("window_left", 2**31)
+    for name, actual, right, rough in zip(
+        ("out", "lse"),
+        state,
+        masked_rows(query[0].double(), key.double(), value.double(), seen),
+        masked_rows(query[0], key, value, seen),
+        strict=True,
+    ):
+        assert_close_to_oracle(name, actual[0], right, rough)
+
+
+def masked_rows(query, key, value, seen):
+    logits = (torch.einsum("qhd,kd->qhk", query, key) * 8**-0.5).masked_fill(~seen[:, None], -math.inf)
+    lse = logits.logsumexp(2)
+    return (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp() @ value, lse
+
+
+def test_a_length_beyond_the_tiles_is_an_error_at_once():
+    cache, *_ = streamed()
+    with pytest.raises(
+        ValueError, match="the 2147483647 tokens that row 0 reads, got no tile for beam 5, head 0, tile 1"
+    ):
+        tile_attention(torch.zeros(1, 2, 8), cache, int32(2**31 - 1), beam_ids=int64(5), num_kv_heads=1)
+    assert cache.stats().hits == 0
+    with pytest.raises(ValueError, match=r"seq_lens must be in 0..32 \(8 tiles of 4 tokens\), got 33 for row 0"):
+        tile_attention(
+            torch.zeros(1, 2, 8), cache, int32(33), num_kv_heads=1, missing="skip", rope=pagedkv.RotaryEmbedding(8)
+        )
+
+
+def test_rows_count_and_use_the_tiles_that_they_read():
+    world = make_world(24)
+    before = world.cache.stats()
+    tile_attention(torch.randn(3, 2, 8), world.cache, int32(24, 5, 0))
+    after = world.cache.stats()
+    assert (after.hits - before.hits, after.misses - before.misses) == (2 * (6 + 2), 0)
+    without(world, (1, 0, 0))
+    tile_attention(torch.randn(1, 2, 8), world.cache, int32(5), beam_ids=int64(1), missing="skip")
+    assert world.cache.stats().misses - after.misses == 1
+
+
+def test_reading_inside_of_on_evict_is_refused():
+    refused = []
+
+    def on_evict(*evicted):
+        with pytest.raises(RuntimeError, match="must not be changed by its on_evict, nor may pages be pinned there"):
+            tile_attention(torch.zeros(1, 1, 2), cache, int32(1))
+        refused.append(evicted)
+
+    cache = TileCache(1, 4, 2, num_beams=1, num_heads=1, num_tiles=2, on_evict=on_evict)
+    for first in (0, 4):
+        cache.store(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), int64(first))
+    assert len(refused) == 1
+    cache.check()
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_default_device_and_dtype_change_nothing(on_host):
+    world, query, seq_lens = make_world(), torch.randn(3, 4, 8), int32(21, 9, 21)
+    without(world, (0, 0, 1))
+    cache = host_copy(world) if on_host else world.cache
+    options = {"num_kv_heads": 2, "missing": "skip", "rope": pagedkv.RotaryEmbedding(8)}
+    right = tile_attention(query, cache, seq_lens, **options)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = tile_attention(query, cache, seq_lens, **options)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(actual, right)
+
+
 # The table of exponentials.
 
 
@@ -507,6 +612,16 @@ def test_softmax_by_table(any_backend):
         ({"missing": "ignore"}, ValueError, "missing must be 'error' or 'skip', got 'ignore'"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0. For the best key alone"),
         ({"temperature": math.nan}, ValueError, "temperature must be a finite float32, got nan"),
+        (
+            {"temperature": 1e-39},
+            ValueError,
+            "sm_scale / temperature must be a finite float32, got 0.35.* / 1e-39. Take a higher temperature",
+        ),
+        (
+            {"temperature": 1e-38, "soft_cap": 30.0},
+            ValueError,
+            "soft_cap / temperature must be a finite float32, got 30",
+        ),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
         ({"soft_cap": -1.0}, ValueError, "soft_cap must be 0 .*got -1.0"),
         ({"sm_scale": "1"}, TypeError, "sm_scale must be a number, got str"),

@@ -16,20 +16,38 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from pagedkv import IntegrityError, OutOfPagesError
-from pagedkv.storage.tiles import tile_use
+from pagedkv.storage.tiles import tile_integrity, tile_use
 from pagedkv.storage.tiles.tile_buffers import TileBuffers
 from pagedkv.storage.tiles.tile_cache import TileCache
 from pagedkv.storage.tiles.tile_ledger import TileLedger
 from pagedkv.storage.tiles.tile_page_table import TilePageTable
+from pagedkv.storage.tiles.tile_pins import NOBODY
 from pagedkv.storage.tiles.tile_use import TileUse
 
 
 class ModelPage:
-    """A tile of one head: what its tokens hold, None for what was never written."""
+    """A tile of one head: what its tokens hold, None for what was never written, 0 for what came with a store.
+
+    holder is the beam that it is pinned for, or "several".
+    """
 
     def __init__(self, head, tile, content):
         self.head, self.tile, self.content = head, tile, content
         self.pins = self.writers = 0
+        self.holder = None
+
+    def pin(self, *beams, writes=0):
+        for beam in beams:
+            self.holder = beam if self.holder in (None, beam) else "several"
+        self.pins, self.writers = self.pins + 1, self.writers + writes
+
+    def unpin(self, writes=0):
+        self.pins, self.writers = self.pins - 1, self.writers - writes
+        if not self.pins:
+            self.holder = None
+
+    def is_others(self, beam):
+        return self.holder not in (None, beam)
 
 
 class RefusalError(Exception):
@@ -74,7 +92,8 @@ class TileCacheMachine(RuleBasedStateMachine):
             page = self.names.get(name)
             sharing = 0 if page is None else len(self.beams_of(page))
             in_call = [other for other in names if page is not None and self.names.get(other) is page]
-            if page is None or (sharing > 1 and not (len(in_call) == sharing and in_call[0] == name)):
+            keepers = [other for other in in_call if not page.is_others(other[0])][: len(in_call) == sharing]
+            if page is None or (name not in keepers and (sharing > 1 or page.is_others(name[0]))):
                 lacking.append(name)
         return lacking
 
@@ -87,7 +106,7 @@ class TileCacheMachine(RuleBasedStateMachine):
         num_victims = max(0, num_needed - free)
         return may_go[:num_victims] if len(may_go) >= num_victims else None
 
-    def own(self, names, call):
+    def own(self, names, call, content=None):
         """Runs `call`, which must give each name a page of its own; returns what it does, None if it must fail."""
         lacking = self.lacking(names)
         victims = self.victims(names, len(lacking))
@@ -103,8 +122,8 @@ class TileCacheMachine(RuleBasedStateMachine):
             self.names = {name: named for name, named in self.names.items() if named is not page}
         old = {name: self.names.get(name) for name in lacking}
         for name in lacking:
-            content = [None] * self.size if old[name] is None else list(old[name].content)
-            self.names[name] = ModelPage(*name[1:], content)
+            tokens = [content] * self.size if old[name] is None else list(old[name].content)
+            self.names[name] = ModelPage(*name[1:], tokens)
         self.touch(*(self.names[name] for name in names))
         return result
 
@@ -119,7 +138,7 @@ class TileCacheMachine(RuleBasedStateMachine):
     def check_content(self, page, key, value):
         for offset, number in enumerate(page.content):
             if number is not None:
-                assert key[offset].tolist() == [number, number + 0.25, number + 0.5]
+                assert key[offset].tolist() == ([number, number + 0.25, number + 0.5] if number else [0, 0, 0])
                 assert value[offset].tolist() == [-number]
 
     def everything(self):
@@ -171,7 +190,7 @@ class TileCacheMachine(RuleBasedStateMachine):
             for tile in (range(start // self.size, (start + num - 1) // self.size + 1) if num else ())
             for head in range(self.shape[1])
         ]
-        if self.own(names, lambda: [self.cache.store(*arguments, torch.tensor(beams).long())]) is None:
+        if self.own(names, lambda: [self.cache.store(*arguments, torch.tensor(beams).long())], 0) is None:
             return
         for row, (beam, start) in enumerate(zip(beams, firsts, strict=True)):
             for head in range(self.shape[1]):
@@ -209,7 +228,8 @@ class TileCacheMachine(RuleBasedStateMachine):
         views = self.own([name], lambda: [self.cache.get_for_write(*name, "k"), self.cache.get_for_write(*name, "v")])
         if views is not None:
             page = self.names[name]
-            page.pins, page.writers = page.pins + 2, page.writers + 2
+            for _ in range(2):
+                page.pin(name[0], writes=1)
             self.held.setdefault(name, []).extend([(page, True)] * 2)
             self.write(page, *views, offset % self.size)
 
@@ -229,7 +249,7 @@ class TileCacheMachine(RuleBasedStateMachine):
                 self.cache.pin(*name)
             return
         self.cache.pin(*name)
-        self.names[name].pins += 1
+        self.names[name].pin(name[0])
         self.held.setdefault(name, []).append((self.names[name], False))
 
     @rule(pick=st.integers(0, 100))
@@ -241,22 +261,36 @@ class TileCacheMachine(RuleBasedStateMachine):
         name = sorted(self.held)[pick % len(self.held)]
         self.cache.unpin(*name)
         page, writes = self.held[name].pop()
-        page.pins, page.writers = page.pins - 1, page.writers - writes
+        page.unpin(writes)
         if not self.held[name]:
             del self.held[name]
 
-    @rule(beams=st.lists(st.integers(0, 3), max_size=3), num_tiles=st.integers(0, 4))
-    def open_pages(self, beams, num_tiles):
-        beams, num_tiles = [beam % self.shape[0] for beam in beams], min(num_tiles, self.shape[2])
-        stack = ExitStack()
+    @rule(
+        beams=st.lists(st.integers(0, 3), max_size=3),
+        counts=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+        by_row=st.booleans(),
+    )
+    def open_pages(self, beams, counts, by_row):
+        beams = [beam % self.shape[0] for beam in beams]
+        counts = [min(count if by_row else counts[0], self.shape[2]) for count in counts][: len(beams)]
+        most, stack = max(counts, default=0), ExitStack()
+        num_tiles = torch.tensor(counts).long() if by_row else most
+        before = self.cache.stats()
         ids = stack.enter_context(self.cache.pinned_pages(torch.tensor(beams).long(), num_tiles))
-        assert torch.equal(ids, self.cache.table.host[torch.tensor(beams).long(), :, :num_tiles])
-        places = [(beam, head, tile) for beam in beams for head in range(self.shape[1]) for tile in range(num_tiles)]
+        places = [
+            (b, h, t if t < n else None)
+            for b, n in zip(beams, counts, strict=True)
+            for h in range(self.shape[1])
+            for t in range(most)
+        ]
+        assert ids.flatten().tolist() == [-1 if p[2] is None else self.cache.table.lookup(*p) for p in places]
         pages = [self.names[place] for place in places if place in self.names]
+        after, num_asked = self.cache.stats(), sum(counts) * self.shape[1]
+        assert (after.hits - before.hits, after.misses - before.misses) == (len(pages), num_asked - len(pages))
         self.touch(*pages)
         opened = list({id(page): page for page in pages}.values())
         for page in opened:
-            page.pins += 1
+            page.pin(*(place[0] for place in places if self.names.get(place) is page))
         seen = [(int(i), self.names[p]) for i, p in zip(ids.flatten(), places, strict=True) if p in self.names]
         self.open.append((stack, opened, seen))
 
@@ -268,13 +302,10 @@ class TileCacheMachine(RuleBasedStateMachine):
             stack, pages, _ = self.open.pop(pick % len(self.open))
             stack.close()
             for page in pages:
-                page.pins -= 1
+                page.unpin()
 
-    def shared_while_written(self, names):
-        counts = {}
-        for page in names.values():
-            counts[id(page)] = counts.get(id(page), 0) + 1
-        return any(page.writers and counts[id(page)] > 1 for page in names.values())
+    def gives_on_what_is_written(self, names):
+        return any(page.writers and self.names.get(name) is not page for name, page in names.items())
 
     @rule(src=st.integers(0, 3), dst=st.integers(0, 3))
     def fork(self, src, dst):
@@ -286,7 +317,7 @@ class TileCacheMachine(RuleBasedStateMachine):
             refused = "must be another beam"
         elif any(name[0] == dst for name in self.names):
             refused = "must have no tiles"
-        elif self.shared_while_written({**self.names, **copies}):
+        elif self.gives_on_what_is_written(copies):
             refused = "must not be shared while it is pinned to be written"
         if refused:
             with pytest.raises(ValueError, match=refused):
@@ -309,7 +340,7 @@ class TileCacheMachine(RuleBasedStateMachine):
             if name[0] == parent
         }
         given_parents = torch.tensor(parents) if as_tensor else parents
-        if self.shared_while_written(after):
+        if self.gives_on_what_is_written(after):
             before = self.everything()
             with pytest.raises(ValueError, match="must not be shared while it is pinned to be written"):
                 self.cache.reorder(given_parents)
@@ -356,7 +387,7 @@ class TileCacheMachine(RuleBasedStateMachine):
         self.cache.load(self.path)
         self.names, self.order = copy.deepcopy(self.saved)
         for page in self.order:
-            page.pins = page.writers = 0
+            page.pins, page.writers, page.holder = 0, 0, None
 
     @invariant()
     def agrees(self):
@@ -484,17 +515,29 @@ def copy_nothing(monkeypatch):
 
 
 def write_to_shared_pages(monkeypatch):
-    def lacking(self, pages):
+    def lacking(self, pages, beams):
         return np.flatnonzero(pages < 0)
 
     monkeypatch.setattr(TileLedger, "lacking", lacking)
+    monkeypatch.setattr(TileLedger, "may_write", lambda self, page, beam: True)
+
+
+def write_to_what_others_hold(monkeypatch):
+    pin = TileLedger.pin
+
+    def pin_for_nobody(self, held):
+        pin(self, held)
+        self.holder[:] = NOBODY
+
+    monkeypatch.setattr(TileLedger, "pin", pin_for_nobody)
+    monkeypatch.setattr(tile_integrity, "SEVERAL", NOBODY)
 
 
 def read_without_use(monkeypatch):
     touch_page = TileUse.touch_page
 
     def touch_new_alone(self, page):
-        if self.last_used[page] == 0:
+        if self.last_used[page] < 0:
             touch_page(self, page)
 
     monkeypatch.setattr(TileUse, "touch_page", touch_new_alone)
@@ -506,7 +549,7 @@ def give_views(monkeypatch):
 
 @pytest.mark.parametrize(
     "plant",
-    [copy_nothing, write_to_shared_pages, read_without_use, give_views],
+    [copy_nothing, write_to_shared_pages, write_to_what_others_hold, read_without_use, give_views],
     ids=lambda plant: plant.__name__,
 )
 def test_planted_defect_is_found_by_content_or_order(tmp_path, monkeypatch, plant):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -179,7 +180,12 @@ def test_decoding_beams_hold_what_each_path_wrote():
         ([0, True, 2, 3], TypeError, r"parents\[1\] must be an int, got bool"),
         (torch.tensor([0, 1, 2, 4]), ValueError, "parents must be in 0..3, got 4 at entry 3"),
         (torch.tensor([0, 1, 2, 3]).int(), TypeError, "parents must have dtype int64, got int32"),
-        (torch.zeros(4, 1).long(), ValueError, r"got shape \[4, 1\]"),
+        (torch.zeros(4, 1).long(), ValueError, r"parents must have shape \[B\] with B = 4 .*got \[4, 1\]"),
+        (None, TypeError, "parents must be an int64 tensor or ints, one a beam, got NoneType"),
+        (3, TypeError, "parents must be an int64 tensor or ints, one a beam, got int"),
+        ("0123", TypeError, r"parents\[0\] must be an int, got str"),
+        (np.array([0.0, 1.0, 2.0, 3.0]), TypeError, r"parents\[0\] must be an int, got float64"),
+        (torch.zeros(4).long().to_sparse(), TypeError, "parents must be a dense tensor"),
     ],
 )
 def test_reorder_refuses_wrong_parents(parents, error, message):
@@ -213,11 +219,18 @@ def test_tile_that_is_being_written_is_not_shared():
     store(cache, [0, 1], 0, 3)
     with cache.writing(0, 1, 0):
         before = cache.table.host.clone()
-        for call in (lambda: cache.fork(0, 2), lambda: cache.reorder([0, 0, 1, 1])):
+        # Shared, shared, and one beam's alone still, but another one's.
+        for call in (
+            lambda: cache.fork(0, 2),
+            lambda: cache.reorder([0, 0, 1, 1]),
+            lambda: cache.reorder([3, 1, 1, 0]),
+        ):
             with pytest.raises(ValueError, match="must not be shared while it is pinned to be written"):
                 call()
             assert torch.equal(cache.table.host, before)
-        cache.reorder([3, 1, 1, 0])  # one beam has it still, another one
+        cache.reorder([0, 2, 1, 3])
+        cache.check()
+    cache.reorder([3, 1, 1, 0])
     cache.fork(3, 0)
     cache.check()
 
@@ -250,4 +263,95 @@ def test_readers_of_a_beam_keep_its_pages_through_a_reorder():
         for head in range(2):
             assert same_bits(cache.key_pages[int(ids[0, head, 0])], before[head, 0][0])
     store(cache, [0], 4, 1)
+    cache.check()
+
+
+@pytest.mark.parametrize(
+    "parents", [(1, 0, 3, 3), range(3, -1, -1), np.array([1, 0, 3, 3]), {2: "b", 0: "a", 1: 0, 3: 0}]
+)
+@pytest.mark.parametrize("once", [False, True])
+def test_reorder_takes_ints_from_anywhere(parents, once):
+    cache = make_cache()
+    store(cache, range(4), 0, 3)
+    before = cache.table.host.clone()
+    cache.reorder(iter(parents) if once else parents)
+    assert torch.equal(cache.table.host, before[[int(parent) for parent in parents]])
+    cache.check()
+
+
+def hold(cache, beam, with_block):
+    """Pins tile 0 of both heads; what undoes it."""
+    if with_block:
+        block = cache.pinned_pages(torch.tensor([beam]), 1)
+        block.__enter__()
+        return lambda: block.__exit__(None, None, None)
+    for head in range(2):
+        cache.pin(beam, head, 0)
+    return lambda: [cache.unpin(beam, head, 0) for head in range(2)]
+
+
+@pytest.mark.parametrize("with_block", [False, True])
+@pytest.mark.parametrize("writes", ["store", "get_for_write"])
+def test_what_a_reader_of_a_beam_holds_is_not_written_by_another_beam(with_block, writes):
+    cache = make_cache()
+    store(cache, [0], 0, 4)
+    before, pages = tiles_of(cache, 0), cache.table.host[0, :, 0].clone()
+    let_go = hold(cache, 0, with_block)
+    cache.fork(0, 1)
+    cache.remove_beam(0)
+    assert cache.stats().num_shared == 0
+    for _ in range(2):
+        if writes == "store":
+            store(cache, [1], 0, 4)
+        else:
+            for head in range(2):
+                cache.get_for_write(1, head, 0, "k").fill_(9)
+                cache.unpin(1, head, 0)
+    for head in range(2):
+        assert same_bits(cache.key_pages[int(pages[head])], before[head, 0][0])
+        assert cache.table.lookup(1, head, 0) != pages[head]
+    assert len(cache) == 4  # copied once
+    cache.check()
+    let_go()
+    assert len(cache) == 2
+    cache.check()
+
+
+def test_the_beam_that_tiles_are_held_for_goes_on_in_place():
+    cache = make_cache()
+    store(cache, [0, 1], 0, 2)
+    before = cache.table.host.clone()
+    with cache.pinned_pages(torch.tensor([0, 0]), 1):
+        store(cache, [0], 2, 1)
+        assert torch.equal(cache.table.host, before)
+        with cache.pinned_pages(torch.tensor([1]), 1):
+            store(cache, [0, 1], 3, 1)
+        assert torch.equal(cache.table.host, before)
+
+
+def test_a_page_that_is_held_for_two_beams_is_written_by_neither():
+    cache = make_cache(num_pages=6)
+    store(cache, [0], 0, 2)
+    cache.fork(0, 1)
+    before, content = cache.table.host[0, :, 0].clone(), tiles_of(cache, 0)
+    with cache.pinned_pages(torch.tensor([0, 1]), 1):
+        store(cache, [1, 0], 2, 1)
+        for head in range(2):
+            assert before[head] not in cache.table.host[:, head, 0]
+            assert same_bits(cache.key_pages[int(before[head])], content[head, 0][0])
+        assert len(cache) == 6
+        cache.check()
+    assert len(cache) == 4
+    cache.check()
+
+
+def test_of_beams_that_share_and_write_the_one_that_may_keeps_the_page():
+    cache = make_cache()
+    store(cache, [2], 0, 2)
+    cache.reorder([2, 2, 2, 2])
+    page = cache.table.lookup(2, 0, 0)
+    cache.pin(2, 0, 0)
+    store(cache, range(4), 2, 1)
+    assert cache.table.lookup(2, 0, 0) == page
+    assert len(cache) == 8
     cache.check()

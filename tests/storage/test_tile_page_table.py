@@ -1,7 +1,20 @@
+import sys
+import threading
+
 import pytest
 import torch
 
 from pagedkv.storage.tiles.tile_page_table import TilePageTable
+
+
+@pytest.fixture
+def defaults():
+    """Another default device and dtype: a tensor that is made by default does not fit then."""
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
 
 
 def test_new_table_is_empty_on_both_sides():
@@ -145,3 +158,50 @@ def test_table_is_written_inside_and_outside_of_inference_mode():
         table.sync()
     table.assign(0, 0, 1, 4)
     assert table.device_table.tolist() == [[[3, 4]]]
+
+
+def test_uploads_of_another_thread_lose_no_change():
+    """The other thread uploads in the middle of every change, as far as it may."""
+    table, stop = TilePageTable(1, 1, 64), threading.Event()
+
+    def upload():
+        while not stop.is_set():
+            table.sync()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=upload)
+    thread.start()
+    try:
+        for number in range(2000):
+            table.assign(0, 0, number * 7 % 64, number)
+            if number % 50 == 49:
+                assert torch.equal(table.device_table, table.host)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def test_upload_waits_for_a_change_that_is_under_way(monkeypatch):
+    table, mark = TilePageTable(1, 1, 4), TilePageTable._mark
+    uploads = []
+
+    def marked(self, first, stop):
+        mark(self, first, stop)
+        thread = threading.Thread(target=lambda: uploads.append(table.sync()))
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+
+    monkeypatch.setattr(TilePageTable, "_mark", marked)
+    table.assign(0, 0, 2, page=5)
+    monkeypatch.undo()
+    assert table.device_table.tolist() == [[[-1, -1, 5, -1]]]
+
+
+def test_default_device_and_dtype_change_nothing(defaults):
+    table = TilePageTable(1, 1, 2)
+    table.assign(0, 0, 1, 3)
+    assert table.device_table.device.type == table.host.device.type == "cpu"
+    assert table.device_table.tolist() == [[[-1, 3]]]

@@ -10,7 +10,7 @@ import torch
 __all__ = ["kept_tensors"]
 
 
-class _NotToKeep(Exception):
+class _NotToKeepError(Exception):
     def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self.tensors = tensors
 
@@ -30,13 +30,13 @@ def kept_tensors(
             with torch.inference_mode(False):
                 tensors = make(*arguments)
             if not all(map(_is_real, tensors)):
-                raise _NotToKeep(tensors)
+                raise _NotToKeepError(tensors)
             return tensors
 
         def call(*arguments: Hashable) -> tuple[torch.Tensor, ...]:
             try:
                 return kept(*arguments)
-            except _NotToKeep as made:
+            except _NotToKeepError as made:
                 return made.tensors
 
         return call

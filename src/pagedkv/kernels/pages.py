@@ -66,7 +66,7 @@ def check_kv_pages(
 
 
 def check_writable(name: str, pages: torch.Tensor) -> None:
-    """Refuses a tensor two of whose elements may be one place in memory: an expanded one, or strides that do not nest."""
+    """Refuses a tensor two of whose elements may share memory: an expanded one, or one whose strides do not nest."""
     if pages.is_contiguous() or not pages.numel():
         return
     shape, strides = pages.shape, pages.stride()

@@ -63,6 +63,16 @@ class TileBuffers:
             for pages in self._all():
                 copy_pages(pages, pages, src_ids, dst_ids)
 
+    def blank(self, pages: Indices) -> None:
+        """Makes all tokens of pages what a store of zeros makes them."""
+        if pages.size:
+            ids = self._on_device(pages)
+            for tokens in (self.key_pages, self.value_pages):
+                tokens.index_fill_(0, ids, 0)
+            for scales in (self.key_scales, self.value_scales):
+                if scales is not None:
+                    scales.index_fill_(0, ids, 1)
+
     def store(self, key: torch.Tensor, value: torch.Tensor, slots: Indices) -> None:
         """Writes tokens [n, 1, head_dim] and [n, 1, value_dim] into their slots, page * tile_size + offset."""
         store_kv(

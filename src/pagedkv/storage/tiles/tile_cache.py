@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ...shapes import Shapes, check_int
+from .tile_beams import clear_beams, fork_beam, remove_beam, reorder_beams
 from .tile_buffers import Tile, TileBuffers
+from .tile_cache_stats import TileCacheStats
 from .tile_file import read_tile_file, write_tile_file
 from .tile_geometry import TileGeometry
 from .tile_integrity import check_tiles
 from .tile_key import check_part
 from .tile_ledger import TileLedger
 from .tile_owner import OnEvict, TileOwner
-from .tile_page_table import PageIds, TilePageTable, check_index
+from .tile_page_table import TilePageTable, check_index
+from .tile_pins import Held, PinnedBlock
 from .tile_record import POOL
 from .tile_snapshot import check_snapshot, load_snapshot, take_snapshot
-from .tile_span import beam_indices, check_span, parent_indices, touched_tiles
+from .tile_span import asked_tiles, beam_indices, check_span, parent_indices, touched_tiles
 
-__all__ = ["TileCache", "TileCacheStats"]
-
-
-class TileCacheStats(NamedTuple):
-    """Counts of pages now, and of what happened since the cache exists.
-
-    num_used counts pages that are not free, num_shared those that more than one beam names. A hit or a miss is one tile
-    that was asked for by `get` or `pinned_pages`; an eviction is one page.
-    """
-
-    num_pages: int
-    num_used: int
-    num_free: int
-    num_pinned: int
-    num_shared: int
-    hits: int
-    misses: int
-    evictions: int
+__all__ = ["TileCache"]
 
 
 class TileCache:
@@ -54,11 +38,17 @@ class TileCache:
             longest ago that is not pinned goes; `on_evict(beams, head, tile, key, value)` gets copies of it first, and
             if that raises, the call fails and nothing has changed. Inside of it the cache may be read, not changed.
     Pins:   are on pages. A pinned page is not evicted and not given away: when its beams drop it, move or are removed,
-            it stays as it is until the last unpin.
-    Lock:   one, around every call: any number of threads may call anything. What `get` gives is the caller's own; a
-            view or page ids are good for as long as they are pinned.
-    Owns:   pages and `table`, which is for reading: it changes through the cache alone. A call that raises has changed
-            nothing.
+            it stays as it is until the last unpin. The beam it was pinned for may write into it, if it has it alone;
+            any other beam gets a copy. While it is pinned to be written it cannot come to another beam.
+    Lock:   one, that of `table`, around every call: any number of threads may call anything. What `get` gives is the
+            caller's own; a view or page ids are good for as long as they are pinned. A call from inside of another one
+            on the same thread, which a signal handler or a finalizer can make, is refused with RuntimeError.
+    Owns:   pages and `table`, which is for reading: it changes through the cache alone. A call that raises an error of
+            its own has changed nothing.
+    Stops:  KeyboardInterrupt, or what else a signal handler raises, may leave a part of the call's effect: some of the
+            tiles that had to go are gone, new tiles are there with any content, tokens are half-written, a pin of `pin`
+            or `get_for_write` is there or not, a load has left nothing. The books hold: the next call makes them from
+            the table and the record of pins. The pins of blocks end with their blocks however those end.
     Raises: ValueError, TypeError for bad input; OutOfPagesError when all pages that could go are pinned or needed.
 
     >>> cache = TileCache(8, 16, 64, num_beams=2, num_heads=1, num_tiles=4)
@@ -90,10 +80,8 @@ class TileCache:
         self._buffers = TileBuffers(self.geometry, num_pages, device)
         self._ledger = TileLedger(num_pages, self.table)
         self._owner = TileOwner(self._ledger, self._buffers, on_evict)
-        # What `pin` and `get_for_write` hold, by the names they were called with: (page, whether to write).
-        self._pins: dict[tuple[int, int, int], list[tuple[int, bool]]] = {}
         self._hits = self._misses = 0
-        self._lock = threading.RLock()
+        self._lock = self.table.lock
 
     @property
     def num_pages(self) -> int:
@@ -149,6 +137,7 @@ class TileCache:
         """The page of a tile, which becomes the most recently used; a new page, with any content, if it has none."""
         self.table.check(beam, head, tile)
         with self._changing():
+            self._ledger.settle()
             page = int(self.table.entries[beam, head, tile])
             if page < 0:
                 page = self._owner.own_tile(beam, head, tile)
@@ -159,7 +148,7 @@ class TileCache:
         """A copy of the keys ("k") or values ("v") of a tile, codes and scales for int8; None if it is not there."""
         self.table.check(beam, head, tile)
         check_part(part)
-        with self._lock:
+        with self._reading():
             page = int(self.table.entries[beam, head, tile])
             if page < 0:
                 self._misses += 1
@@ -177,22 +166,25 @@ class TileCache:
         self.table.check(beam, head, tile)
         check_part(part)
         with self._changing():
-            page = self._pin_for_write(beam, head, tile)
-            self._pins.setdefault((beam, head, tile), []).append((page, True))
+            self._ledger.settle()
+            page = self._own_for_write(beam, head, tile)
+            self._pin_tile(beam, head, tile, Held.one(page, beam, writes=True))
             return self._buffers.view(page, part)
 
     @contextmanager
     def writing(self, beam: int, head: int, tile: int) -> Iterator[tuple[Tile, Tile]]:
         """Keys and values as `get_for_write` gives them, until the end of the block."""
         self.table.check(beam, head, tile)
-        with self._changing():
-            page = self._pin_for_write(beam, head, tile)
-            views = self._buffers.view(page, "k"), self._buffers.view(page, "v")
+        block = None
         try:
+            with self._changing():
+                self._ledger.settle()
+                page = self._own_for_write(beam, head, tile)
+                views = self._buffers.view(page, "k"), self._buffers.view(page, "v")
+                block = self._pin_block(Held.one(page, beam, writes=True))
             yield views
         finally:
-            with self._lock:
-                self._ledger.unpin(np.array([page]), writes=True)
+            self._end_block(block)
 
     def pin(self, beam: int, head: int, tile: int) -> int:
         """Keeps the page of a tile from eviction until `unpin`, once for each call; returns the page.
@@ -201,11 +193,11 @@ class TileCache:
         """
         self.table.check(beam, head, tile)
         with self._changing():
+            self._ledger.settle()
             page = int(self.table.entries[beam, head, tile])
             if page < 0:
                 raise KeyError(f"tile {(beam, head, tile)} must be in the cache, got one that is not.")
-            self._ledger.pin(page)
-            self._pins.setdefault((beam, head, tile), []).append((page, False))
+            self._pin_tile(beam, head, tile, Held.one(page, beam, writes=False))
             return page
 
     def unpin(self, beam: int, head: int, tile: int) -> None:
@@ -215,39 +207,51 @@ class TileCache:
         """
         self.table.check(beam, head, tile)
         with self._changing():
-            held = self._pins.get((beam, head, tile))
-            if not held:
+            ledger, by_tile = self._ledger, self._ledger.pins.by_tile
+            ledger.settle()
+            of_tile = by_tile.get((beam, head, tile))
+            if of_tile is None:
                 raise ValueError(f"tile {(beam, head, tile)} must be pinned, got one that is not.")
-            page, writes = held.pop()
-            if not held:
-                del self._pins[beam, head, tile]
-            self._ledger.unpin(np.array([page]), writes=writes)
+            ledger.is_sound = False
+            if len(of_tile) > 1:
+                by_tile[beam, head, tile] = of_tile[:-1]
+            else:
+                del by_tile[beam, head, tile]
+            ledger.unpin(of_tile[-1])
+            ledger.is_sound = True
 
     @contextmanager
-    def pinned_pages(self, beam_ids: torch.Tensor | None, num_tiles: int) -> Iterator[torch.Tensor]:
+    def pinned_pages(self, beam_ids: torch.Tensor | None, num_tiles: int | torch.Tensor) -> Iterator[torch.Tensor]:
         """Page ids of the first tiles of R beams; until the end of the block each of these pages stays this tile.
 
-        Their beam may still write new tokens into them. The tiles count as used, in the order in which they stand.
+        Their own beam may still write new tokens into them, if it has them alone. The tiles count as used, in the
+        order in which they stand.
 
-        Shapes: beam_ids [R] int64, beams in any order and repeated at will, None for all; the result
-                [R, num_heads, num_tiles] int32 on the cache's device, -1 for a tile that is not there.
+        Shapes: beam_ids [R] int64, beams in any order and repeated at will, None for all; num_tiles one number for all
+                rows, or [R] int64, one for each; the result [R, num_heads, max(num_tiles)] int32 on the cache's device,
+                -1 for a tile that is not there and beyond the tiles of its row.
         """
         beams = beam_indices(Shapes(), beam_ids, self.num_beams, self.device, "R")
-        check_index("num_tiles", num_tiles, self.num_tiles + 1)
-        with self._changing():
-            rows = self.table.entries[beams, :, :num_tiles]
-            present = rows[rows >= 0]
-            pages = self._ledger.distinct(present)
-            self._hits += present.size
-            self._misses += rows.size - present.size
-            ids = self.table.device_table[:, :, :num_tiles].index_select(0, torch.from_numpy(beams).to(self.device))
-            self._ledger.use.touch(present)
-            self._ledger.pin(pages)
+        most, is_asked = asked_tiles(num_tiles, beams.size, self.num_tiles, self.device)
+        block = None
         try:
+            with self._changing():
+                self._ledger.settle()
+                rows = self.table.entries[beams, :, :most]
+                is_there = rows >= 0 if is_asked is None else (rows >= 0) & is_asked
+                present = rows[is_there].astype(np.int64)
+                num_asked = rows.size if is_asked is None else int(is_asked.sum()) * self.num_heads
+                self._hits += present.size
+                self._misses += num_asked - present.size
+                self._ledger.use.touch(present)
+                ids = self.table.device_table[:, :, :most].index_select(0, torch.from_numpy(beams).to(self.device))
+                if is_asked is not None:
+                    ids.masked_fill_(torch.from_numpy(~is_asked).to(self.device), -1)
+                readers = np.repeat(beams, self.num_heads * most)[is_there.ravel()]
+                block = self._pin_block(Held.read(present, readers, self.num_pages))
             yield ids
         finally:
-            with self._lock:
-                self._ledger.unpin(pages)
+            self._end_block(block)
 
     def store(
         self,
@@ -261,14 +265,16 @@ class TileCache:
         Shapes: key [R, num_heads, n, head_dim], value [R, num_heads, n, value_dim], first_tokens [R] int64, the
                 position of the first of the n tokens of each row; beam_ids [R] int64, no beam twice, None for all.
         Dtype:  that of the cache; for int8 float32, float16 or bfloat16, quantised as `pagedkv.store_kv` does.
-        Owns:   writes only the named tokens. A tile that this call needs is not evicted by it.
+        Owns:   writes only the named tokens; in tiles that are new the others become zero. A tile that this call needs
+                is not evicted by it.
         """
         span = check_span(self.geometry, self.table, self.device, key, value, first_tokens, beam_ids)
         if not span.num_tokens or not span.beams.size:
             return
+        touched = touched_tiles(span)
         with self._changing():
-            beams, tiles = touched_tiles(span)
-            self._ledger.use.touch(self._owner.own_all_heads(beams, tiles))
+            self._ledger.settle()
+            self._ledger.use.touch(self._owner.own_all_heads(touched))
             slots = span.slots(self.table.entries)
             tokens, values = key.reshape(-1, 1, key.shape[3]), value.reshape(-1, 1, value.shape[3])
             self._buffers.store(tokens, values, slots)
@@ -283,73 +289,59 @@ class TileCache:
         if src == dst:
             raise ValueError(f"dst must be another beam than src, got {dst} for both.")
         with self._changing():
-            entries = self.table.entries
-            num_held = int((entries[dst] >= 0).sum())
-            if num_held:
-                raise ValueError(f"beam {dst} must have no tiles, got {num_held}. Call remove_beam first.")
-            pages = entries[src][entries[src] >= 0]
-            num_names = self._ledger.num_names.copy()
-            num_names[pages] += 1
-            self._check_not_written(num_names)
-            entries[dst] = entries[src]
-            self.table.mark_beams(dst, dst + 1)
-            self._ledger.rename(num_names)
+            self._ledger.settle()
+            fork_beam(self._ledger, src, dst)
 
-    def reorder(self, parents: Sequence[int] | torch.Tensor) -> None:
+    def reorder(self, parents: Iterable[int] | torch.Tensor) -> None:
         """Gives every beam b the tiles that beam parents[b] has, all at once; tiles that no beam has now are dropped.
 
-        Raises: ValueError when two beams would share a tile that is pinned to be written.
+        Raises: ValueError when a beam would get a tile of another one that is pinned to be written.
         """
         rows = parent_indices(parents, self.num_beams)
         with self._changing():
-            moved = np.flatnonzero(rows != np.arange(self.num_beams))
-            if not moved.size:
-                return
-            entries = self.table.entries[rows]
-            num_names = self._ledger.count_names(entries)
-            self._check_not_written(num_names)
-            self.table.entries[:] = entries
-            self.table.mark_beams(int(moved[0]), int(moved[-1]) + 1)
-            self._ledger.rename(num_names)
+            self._ledger.settle()
+            reorder_beams(self._ledger, rows)
 
     def remove(self, beam: int, head: int, tile: int) -> bool:
         """Takes a tile from a beam; returns whether there was one."""
         self.table.check(beam, head, tile)
         with self._changing():
+            ledger = self._ledger
+            ledger.settle()
+            ledger.is_sound = False
             page = self.table.remove(beam, head, tile)
             if page >= 0:
-                self._ledger.forget(np.array([page]))
+                ledger.forget(np.array([page]))
+            ledger.is_sound = True
             return page >= 0
 
     def remove_beam(self, beam: int) -> int:
         """Takes all tiles from a beam; returns how many these were."""
         check_index("beam", beam, self.num_beams)
         with self._changing():
-            row = self.table.entries[beam]
-            pages = row[row >= 0]
-            row[:] = -1
-            self.table.mark_beams(beam, beam + 1)
-            self._ledger.forget(pages)
-            return int(pages.size)
+            self._ledger.settle()
+            return remove_beam(self._ledger, beam)
 
     def clear(self) -> None:
         """Takes all tiles from all beams; what is pinned stays until it is not."""
         with self._changing():
-            self.table.clear()
-            self._ledger.rename(np.zeros(self.num_pages, np.int32))
+            self._ledger.settle()
+            clear_beams(self._ledger)
 
     def contains(self, beam: int, head: int, tile: int) -> bool:
         """Whether a tile is there; does not count as a use."""
-        with self._lock:
+        with self._reading():
             return self.table.lookup(beam, head, tile) >= 0
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._reading():
+            self._settle_for_reading()
             return self.num_pages - len(self._ledger.free)
 
     def stats(self) -> TileCacheStats:
         """Counts of pages, hits, misses and evictions, all of one moment."""
-        with self._lock:
+        with self._reading():
+            self._settle_for_reading()
             num_free, num_shared = len(self._ledger.free), int(np.count_nonzero(self._ledger.num_names > 1))
             used = self.num_pages - num_free
             now = self.num_pages, used, num_free, self._ledger.num_pinned, num_shared
@@ -360,7 +352,7 @@ class TileCache:
 
         The content is that of one moment; other calls wait while it is copied, not while it is written.
         """
-        with self._lock:
+        with self._reading():
             record = take_snapshot(self._ledger, self._buffers)
         write_tile_file(path, record)
 
@@ -370,9 +362,12 @@ class TileCache:
         Raises: ValueError when something is pinned, or when the file holds another geometry or more than fits;
                 CorruptPageError when it is damaged.
         """
-        record = read_tile_file(path, kind=POOL, geometry=self.geometry, capacity=self.num_pages)
+        record = read_tile_file(
+            path, kind=POOL, geometry=self.geometry, capacity=self.num_pages, max_names=self.table.entries.size
+        )
         check_snapshot(record, self.table)
         with self._changing():
+            self._ledger.settle()
             num_pinned = self._ledger.num_pinned
             if num_pinned:
                 raise ValueError(f"no page may be pinned while a cache is loaded, got {num_pinned}. Unpin them first.")
@@ -383,32 +378,65 @@ class TileCache:
 
         Raises: IntegrityError that quotes the sentence that does not hold, and the evidence.
         """
-        with self._lock:
-            check_tiles(self._ledger, self._pins)
+        with self._changing():
+            self._ledger.settle()
+            check_tiles(self._ledger)
 
     def __repr__(self) -> str:
         return f"TileCache({self.num_pages}, {self.geometry}, table={self.table}, num_used={len(self)})"
 
     def _changing(self) -> AbstractContextManager[object]:
-        """The lock, for a call that changes the cache; on_evict, which runs inside of one, must not make another."""
-        if self._owner.announcing_thread == threading.get_ident():
-            raise RuntimeError("the cache must not be changed by its on_evict, got a call from inside of it.")
+        """The lock, for a call that changes the cache; refuses one from inside of another on the same thread.
+
+        The lock itself is what `with` gets, and the books are settled inside: an interrupt cannot come between.
+        """
+        if self._is_inside():
+            if self._owner.is_announcing:
+                raise RuntimeError(
+                    "the cache must not be changed by its on_evict, nor may pages be pinned there, got a call from "
+                    "inside of it. Read tiles with get."
+                )
+            raise RuntimeError(
+                "a cache must not be called from inside of one of its own calls, as a signal handler or a finalizer "
+                "can, got such a call. Make it when the other has ended."
+            )
         return self._lock
 
-    def _pin_for_write(self, beam: int, head: int, tile: int) -> int:
+    def _reading(self) -> AbstractContextManager[object]:
+        """The lock, for a call that on_evict may make too."""
+        return self._lock if self._owner.is_announcing else self._changing()
+
+    def _settle_for_reading(self) -> None:
+        if not self._owner.is_announcing:
+            self._ledger.settle()
+
+    def _is_inside(self) -> bool:
+        # The method by which threading.Condition asks its lock.
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
+
+    def _own_for_write(self, beam: int, head: int, tile: int) -> int:
         page = int(self.table.entries[beam, head, tile])
-        if page < 0 or self._ledger.num_names[page] > 1:
+        if page < 0 or not self._ledger.may_write(page, beam):
             page = self._owner.own_tile(beam, head, tile)
         self._ledger.use.touch_page(page)
-        self._ledger.pin(page, writes=True)
         return page
 
-    def _check_not_written(self, num_names: PageIds) -> None:
-        """Refuses new counts of names under which somebody would write what two beams share."""
-        written = np.flatnonzero((self._ledger.num_writers > 0) & (num_names > 1))
-        if written.size:
-            head, tile = divmod(int(self._ledger.tile_of[written[0]]), self.num_tiles)
-            raise ValueError(
-                f"a tile must not be shared while it is pinned to be written, got tile {tile} of head {head}. "
-                "Unpin it first."
-            )
+    def _pin_tile(self, beam: int, head: int, tile: int, held: Held) -> None:
+        ledger, by_tile = self._ledger, self._ledger.pins.by_tile
+        ledger.is_sound = False
+        by_tile[beam, head, tile] = (*by_tile.get((beam, head, tile), ()), held)
+        ledger.pin(held)
+        ledger.is_sound = True
+
+    def _pin_block(self, held: Held) -> PinnedBlock:
+        ledger = self._ledger
+        ledger.is_sound = False
+        block = ledger.pins.open_block(held)
+        ledger.pin(held)
+        ledger.is_sound = True
+        return block
+
+    def _end_block(self, block: PinnedBlock | None) -> None:
+        """Has the next call take off the pins of a block; without the lock: a finalizer may end a block anywhere."""
+        if block is not None:
+            self._ledger.pins.end_block(block)

@@ -5,7 +5,7 @@ The sentences, in the order they are checked; an IntegrityError quotes the first
     every page is on the free list once, or is named or pinned, never both
     a page has as many names as beams have it in the table
     a page is of one head and tile
-    a page has at least the pins that are held by name, and no more writers than pins
+    a page has as many pins and writers as the record of pins says, and its holder is whom they are for
     a page that is written has one name at most
     no two pages were last used at the same time
     the table on the device is the table on the host
@@ -13,27 +13,24 @@ The sentences, in the order they are checked; an IntegrityError quotes the first
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import numpy as np
 
 from ...errors import IntegrityError
 from .tile_ledger import TileLedger
 from .tile_page_table import Indices
+from .tile_pins import NOBODY, SEVERAL
 
 __all__ = ["check_tiles"]
 
-Pins = Mapping[tuple[int, int, int], Iterable[tuple[int, bool]]]
 
-
-def check_tiles(ledger: TileLedger, pins: Pins) -> None:
-    """Returns when every sentence above holds; `pins` are the pages, and whether to write, that are held by name.
+def check_tiles(ledger: TileLedger) -> None:
+    """Returns when every sentence above holds.
 
     Raises: IntegrityError that quotes the sentence and the evidence.
     """
     _check_free_list(ledger)
     _check_names(ledger)
-    _check_pins(ledger, pins)
+    _check_pins(ledger)
     _check_use(ledger)
     device_table = ledger.table.device_table.cpu().numpy()
     different = np.argwhere(device_table != ledger.table.entries)
@@ -76,15 +73,17 @@ def _check_names(ledger: TileLedger) -> None:
     _none(np.array(ledger.free, np.int64)[ledger.tile_of[ledger.free] >= 0], sentence, "page {page} is free and of one")
 
 
-def _check_pins(ledger: TileLedger, pins: Pins) -> None:
-    sentence = "a page has at least the pins that are held by name, and no more writers than pins"
-    by_name = [held for of_name in pins.values() for held in of_name]
-    pinned = np.bincount(np.array([page for page, _ in by_name], np.int64), minlength=ledger.num_pages)
-    written = np.bincount(np.array([page for page, writes in by_name if writes], np.int64), minlength=ledger.num_pages)
-    _none(np.flatnonzero(ledger.num_pins < pinned), sentence, "page {page} has fewer pins")
-    _none(np.flatnonzero(ledger.num_writers < written), sentence, "page {page} has fewer writers")
-    too_many = (ledger.num_writers > ledger.num_pins) | (ledger.num_writers < 0)
-    _none(np.flatnonzero(too_many), sentence, "page {page} has more writers, or fewer than none")
+def _check_pins(ledger: TileLedger) -> None:
+    sentence = "a page has as many pins and writers as the record of pins says, and its holder is whom they are for"
+    pinned, written = np.zeros_like(ledger.num_pins), np.zeros_like(ledger.num_writers)
+    for held in ledger.pins:
+        pinned[held.pages] += 1
+        written[held.pages] += held.writes
+        holders = ledger.holder[held.pages]
+        _none(held.pages[(holders != held.beams) & (holders != SEVERAL)], sentence, "page {page} has another holder")
+    _none(np.flatnonzero(ledger.num_pins != pinned), sentence, "page {page} has another number of pins")
+    _none(np.flatnonzero(ledger.num_writers != written), sentence, "page {page} has another number of writers")
+    _none(np.flatnonzero((pinned == 0) & (ledger.holder != NOBODY)), sentence, "page {page} has a holder and no pin")
     sentence = "a page that is written has one name at most"
     _none(np.flatnonzero((ledger.num_writers > 0) & (ledger.num_names > 1)), sentence, "page {page} has more")
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from ...errors import OutOfPagesError
 from .tile_page_table import Indices, PageIds, TilePageTable
+from .tile_pins import NOBODY, SEVERAL, Held, TilePins
 from .tile_use import TileUse
 
 __all__ = ["TileLedger"]
@@ -15,39 +16,84 @@ __all__ = ["TileLedger"]
 class TileLedger:
     """The books of `num_pages` pages; every page is free, named by beams of one (head, tile), or only pinned.
 
+    pins:        who holds which page. A pin is on a page, not on a tile: a page that is pinned stays as it is when no
+                 beam names it any more, and becomes free when the last pin goes.
     num_names:   how many beams have the page in the table: more than one share it.
-    num_pins:    how many hold it. A pin is on a page, not on a tile: a page that is pinned stays as it is when no beam
-                 names it any more, and becomes free when the last pin goes.
+    num_pins:    how many hold it.
     num_writers: how many of the pins write to it. Such a page has one name at most.
+    holder:      the beam that the pins of a page are for, NOBODY without pins, SEVERAL where they are or were for more
+                 than one beam. A beam writes in place only what nobody holds for another beam.
     tile_of:     head * num_tiles + tile of the page, -1 for a free one.
     use:         when each was last used; the one used longest ago is evicted first.
+    is_sound:    False while a change is under way. The table and the record of pins are the truth, and each of their
+                 changes is one step: where a change was stopped, `settle` makes all the other books from these two.
 
-    Nothing here is checked or locked: `TileCache` does both.
+    Nothing here is checked or locked: `TileCache` does both, and says when a change starts and ends.
     """
 
     def __init__(self, num_pages: int, table: TilePageTable) -> None:
         self.num_pages = num_pages
         self.table = table
+        self.pins = TilePins()
         self.num_names = np.zeros(num_pages, np.int32)
         self.num_pins = np.zeros(num_pages, np.int32)
         self.num_writers = np.zeros(num_pages, np.int32)
+        self.holder = np.full(num_pages, NOBODY, np.int64)
         self.tile_of = np.full(num_pages, -1, np.int64)
         self.use = TileUse(num_pages)
         # The end is taken first: a fresh cache gives page 0, then 1.
         self.free = list(range(num_pages - 1, -1, -1))
+        self.is_sound = True
 
-    def lacking(self, pages: Indices) -> Indices:
-        """Which entries of `pages`, -1 for none, are not a page that one beam alone names.
+    def settle(self) -> None:
+        """Takes off the pins of blocks that ended, and makes the books anew after a change that was stopped."""
+        if self.is_sound and not self.pins.ended:
+            return
+        was_sound, self.is_sound = self.is_sound, False
+        ended = self.pins.forget_ended()
+        if was_sound:
+            for held in ended:
+                self.unpin(held)
+        else:
+            self.rebuild()
+        self.is_sound = True
 
-        Where all beams that share a page are in `pages`, the first of them keeps it.
+    def rebuild(self) -> None:
+        """Makes the books from the table and the record of pins."""
+        entries = self.table.entries
+        self.table.mark_all()
+        self.num_names[:] = self.count_names(entries)
+        self.num_pins[:] = self.num_writers[:] = 0
+        self.holder[:] = NOBODY
+        for held in self.pins:
+            self.pin(held)
+        is_held = (self.num_names > 0) | (self.num_pins > 0)
+        _, heads, tiles = np.nonzero(entries >= 0)
+        self.tile_of[~is_held] = -1
+        self.tile_of[entries[entries >= 0]] = heads * self.table.num_tiles + tiles
+        self.free = np.flatnonzero(~is_held)[::-1].tolist()
+        self.use.forget_order()
+
+    def lacking(self, pages: Indices, beams: Indices) -> Indices:
+        """Which entries of `pages`, -1 for none, are not a page that their beam may write in place.
+
+        Such a page is named by that beam alone, and held for no other. Where all beams that share a page are in
+        `pages`, the first of them that may keeps it.
         """
-        lacks = (pages < 0) | (self.num_names[pages] > 1)
+        is_others = (self.holder[pages] != NOBODY) & (self.holder[pages] != beams)
+        lacks = (pages < 0) | is_others | (self.num_names[pages] > 1)
         entries = np.flatnonzero(lacks)
         if not entries.size:
             return entries
+        entries = entries[np.argsort(is_others[entries], kind="stable")]
         shared, first, counts = np.unique(pages[entries], return_index=True, return_counts=True)
-        lacks[entries[first[(shared >= 0) & (counts == self.num_names[shared])]]] = False
+        keepers = entries[first[(shared >= 0) & (counts == self.num_names[shared])]]
+        lacks[keepers[~is_others[keepers]]] = False
         return np.flatnonzero(lacks)
+
+    def may_write(self, page: int, beam: int) -> bool:
+        """Whether a beam that names a page may write it in place."""
+        return bool(self.num_names[page] == 1 and self.holder[page] in (NOBODY, beam))
 
     def victims(self, num_needed: int, kept: Indices) -> Indices:
         """The pages that must go for `num_needed` to be free, the one used longest ago first; `kept` may not go.
@@ -85,10 +131,6 @@ class TileLedger:
         del self.free[len(self.free) - count :]
         return np.array(taken, np.int64)
 
-    def give_back(self, pages: Indices) -> None:
-        """Undoes `take`."""
-        self._free(pages)
-
     def name(self, beams: Indices, heads: Indices, tiles: Indices, pages: Indices) -> None:
         """Gives n tiles of beams, no tile twice, a page of their own each, in place of the pages that they had."""
         before = self.table.entries[beams, heads, tiles]
@@ -118,27 +160,27 @@ class TileLedger:
         """How often rows of a table name each page, [num_pages]."""
         return np.bincount(rows[rows >= 0], minlength=self.num_pages)
 
-    def reset(self, tile_of: Indices, pages: Indices) -> None:
-        """Starts anew from m names in the table, of tile tile_of[i] on page pages[i], the latest used last."""
-        self.tile_of[:] = -1
-        self.tile_of[pages] = tile_of
-        self.num_names[:] = np.bincount(pages, minlength=self.num_pages)
-        self.use.touch(pages)
-        self.free = np.flatnonzero(self.num_names == 0)[::-1].tolist()
-
-    def pin(self, pages: PageIds | int, *, writes: bool = False) -> None:
-        """Holds pages, no page twice."""
+    def pin(self, held: Held) -> None:
+        """Counts pins that are in the record."""
+        pages, beams = held.pages, held.beams
+        before = self.holder[pages]
+        is_new = before == NOBODY
+        # Most pages are held by one alone, and np.where takes longer than all the rest for a few pages.
+        self.holder[pages] = beams if is_new.all() else np.where(is_new | (before == beams), beams, SEVERAL)
         self.num_pins[pages] += 1
-        if writes:
+        if held.writes:
             self.num_writers[pages] += 1
 
-    def unpin(self, pages: PageIds, *, writes: bool = False) -> None:
-        """Lets pages go that `pin` holds; frees those that nobody names any more."""
-        self.num_pins[pages] -= 1
-        if writes:
-            self.num_writers[pages] -= 1
-        self.use.let_go(pages)
-        self._free_unheld(pages)
+    def unpin(self, held: Held) -> None:
+        """Counts pins no longer that are gone from the record; frees pages that nobody names any more."""
+        num_left = self.num_pins[held.pages] - 1
+        self.num_pins[held.pages] = num_left
+        if held.writes:
+            self.num_writers[held.pages] -= 1
+        let_go = held.pages[num_left == 0]
+        self.holder[let_go] = NOBODY
+        self.use.let_go(let_go)
+        self._free_unheld(let_go)
 
     @property
     def num_pinned(self) -> int:

@@ -39,9 +39,13 @@ def check_snapshot(record: TileRecord, table: TilePageTable) -> None:
 
 def load_snapshot(record: TileRecord, ledger: TileLedger, buffers: TileBuffers) -> None:
     """Puts a record that was checked in place of all that there is; nothing is pinned."""
-    buffers.load(record.tiles)
     beams, heads, tiles, _ = record.names.numpy().T
     pages = record.named.numpy()
+    ledger.is_sound = False
+    # Before the pages change: a load that is stopped leaves nothing, never another tile under a name.
     ledger.table.clear()
+    buffers.load(record.tiles)
     ledger.table.write_batch(beams, heads, tiles, pages)
-    ledger.reset(heads * ledger.table.num_tiles + tiles, pages)
+    ledger.use.touch(pages)
+    ledger.rebuild()
+    ledger.is_sound = True

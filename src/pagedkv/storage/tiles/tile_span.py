@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...kernels.pages import check_no_grad
 from ...shapes import Shapes, check_device, check_dtype, check_floating, check_last_dim_contiguous
 from .tile_geometry import TileGeometry
-from .tile_page_table import Entries, Indices, TilePageTable, check_index, check_indices
+from .tile_page_table import Entries, Indices, TilePageTable, check_index, check_indices, copied_indices
 
-__all__ = ["TileSpan", "beam_indices", "check_span", "parent_indices", "touched_tiles"]
+__all__ = [
+    "Flags",
+    "TileSpan",
+    "TouchedTiles",
+    "asked_tiles",
+    "beam_indices",
+    "check_span",
+    "parent_indices",
+    "touched_tiles",
+]
+
+Flags = npt.NDArray[np.bool_]
 
 
 class TileSpan(NamedTuple):
@@ -70,7 +82,7 @@ def _first_tokens(shapes: Shapes, first_tokens: torch.Tensor, max_tokens: int, d
     check_dtype("first_tokens", first_tokens, torch.int64)
     if not first_tokens.is_cpu:
         check_device("first_tokens", first_tokens, device, "the cache")
-    first: Indices = first_tokens.cpu().numpy()
+    first = copied_indices(first_tokens)
     last = max_tokens - shapes["n"]
     if first.size and not (first.min() >= 0 and first.max() <= last):
         row = int(((first < 0) | (first > last)).argmax())
@@ -81,16 +93,25 @@ def _first_tokens(shapes: Shapes, first_tokens: torch.Tensor, max_tokens: int, d
     return first
 
 
-def touched_tiles(span: TileSpan) -> tuple[Indices, Indices]:
-    """Each tile that a span touches, once: beams [m] and tiles [m]; n is at least 1."""
-    first = span.first_tokens // span.tile_size
+class TouchedTiles(NamedTuple):
+    """Tiles, each once: beams [m], tiles [m], and [m] whether all tokens of it are meant."""
+
+    beams: Indices
+    tiles: Indices
+    is_whole: Flags
+
+
+def touched_tiles(span: TileSpan) -> TouchedTiles:
+    """Each tile that a span touches; n is at least 1."""
+    size, stop = span.tile_size, span.first_tokens + span.num_tokens
+    first = span.first_tokens // size
     if span.num_tokens == 1:
-        return span.beams, first
-    last = (span.first_tokens + span.num_tokens - 1) // span.tile_size
-    counts = last - first + 1
+        return TouchedTiles(span.beams, first, np.full(first.shape, size == 1))
+    counts = (stop - 1) // size - first + 1
     starts = np.cumsum(counts) - counts
     tiles = np.arange(counts.sum()) - np.repeat(starts - first, counts)
-    return np.repeat(span.beams, counts), tiles
+    is_whole = (tiles * size >= np.repeat(span.first_tokens, counts)) & ((tiles + 1) * size <= np.repeat(stop, counts))
+    return TouchedTiles(np.repeat(span.beams, counts), tiles, is_whole)
 
 
 def beam_indices(
@@ -103,20 +124,45 @@ def beam_indices(
     check_dtype("beam_ids", beam_ids, torch.int64)
     if not beam_ids.is_cpu:
         check_device("beam_ids", beam_ids, device, "the cache")
-    beams: Indices = beam_ids.cpu().numpy()
+    beams = copied_indices(beam_ids)
     check_indices("beam_ids", beams, num_beams)
     return beams
 
 
-def parent_indices(parents: Sequence[int] | torch.Tensor, num_beams: int) -> Indices:
+def asked_tiles(
+    num_tiles: int | torch.Tensor, num_rows: int, most: int, device: torch.device
+) -> tuple[int, Flags | None]:
+    """How many tiles R rows ask for at most, and [R, 1, that many] which ones each does; None where all do alike."""
+    if not isinstance(num_tiles, torch.Tensor):
+        check_index("num_tiles", num_tiles, most + 1)
+        return num_tiles, None
+    Shapes(R=num_rows).check("num_tiles", num_tiles, "R")
+    check_dtype("num_tiles", num_tiles, torch.int64)
+    if not num_tiles.is_cpu:
+        check_device("num_tiles", num_tiles, device, "the cache")
+    counts = copied_indices(num_tiles)
+    check_indices("num_tiles", counts, most + 1)
+    longest = int(counts.max(initial=0))
+    if not counts.size or int(counts.min()) == longest:
+        return longest, None
+    return longest, np.arange(longest) < counts[:, None, None]
+
+
+def parent_indices(parents: Iterable[int] | torch.Tensor, num_beams: int) -> Indices:
     """Which beam each of all beams comes from, as an array; a tensor is int64."""
     if isinstance(parents, torch.Tensor):
+        shapes = Shapes()
+        shapes.bind("B", num_beams, "the cache")
+        shapes.check("parents", parents, "B")
         check_dtype("parents", parents, torch.int64)
-        rows: Indices = parents.cpu().numpy()
+        rows = copied_indices(parents)
     else:
-        for beam, parent in enumerate(parents):
+        if not isinstance(parents, Iterable):
+            raise TypeError(f"parents must be an int64 tensor or ints, one a beam, got {type(parents).__name__}.")
+        given = [int(parent) if isinstance(parent, np.integer) else parent for parent in parents]
+        for beam, parent in enumerate(given):
             check_index(f"parents[{beam}]", parent, num_beams)
-        rows = np.array(parents, np.int64)
+        rows = np.array(given, np.int64)
     if rows.shape != (num_beams,):
         raise ValueError(f"parents must name one beam for each of {num_beams}, got shape {list(rows.shape)}.")
     check_indices("parents", rows, num_beams)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +15,17 @@ __all__ = ["TileUse"]
 _QUEUE_LENGTH = 4096
 
 
+class _Queue(NamedTuple):
+    """Pages, the one used longest ago first, when each was last used, and the time at which they were put in order."""
+
+    pages: Indices
+    times: Indices
+    made_at: int
+
+
+_EMPTY = _Queue(np.empty(0, np.int64), np.empty(0, np.int64), 0)
+
+
 class TileUse:
     """A clock that grows with each use, and the time of the last use of every page.
 
@@ -22,21 +35,23 @@ class TileUse:
     """
 
     def __init__(self, num_pages: int) -> None:
-        self.last_used = np.zeros(num_pages, np.int64)
+        # All different from the start, and older than any use.
+        self.last_used = np.arange(-num_pages, 0)
         self.clock = 0
-        self._queue = np.empty(0, np.int64)
-        self._queue_times = np.empty(0, np.int64)
-        self._queued_at = 0
+        self._queue = _EMPTY
 
     def touch(self, pages: PageIds) -> None:
         """Makes pages the most recently used, the last of them the most; a duplicate counts where it stands last."""
-        self.last_used[pages] = np.arange(self.clock, self.clock + pages.size)
-        self.clock += pages.size
+        # The clock goes first: no time is given twice, wherever an interrupt comes.
+        now = self.clock
+        self.clock = now + pages.size
+        self.last_used[pages] = np.arange(now, now + pages.size)
 
     def touch_page(self, page: int) -> None:
         """Makes a page the most recently used one."""
-        self.last_used[page] = self.clock
-        self.clock += 1
+        now = self.clock
+        self.clock = now + 1
+        self.last_used[page] = now
 
     def oldest(self, count: int, may_go: npt.NDArray[np.bool_], kept: Indices) -> Indices:
         """The `count` pages used longest ago among those that may go and are not kept, the oldest first; or fewer.
@@ -51,16 +66,24 @@ class TileUse:
 
     def let_go(self, pages: PageIds) -> None:
         """Says that pages may go which before might not: the queue was made without them if it is younger."""
-        if self._queue.size and pages.size and self.last_used[pages].min() < self._queued_at:
-            self._queue = self._queue_times = np.empty(0, np.int64)
+        queue = self._queue
+        if queue.pages.size and pages.size and self.last_used[pages].min() < queue.made_at:
+            self.forget_order()
+
+    def forget_order(self) -> None:
+        """Has the next call of `oldest` look at all pages."""
+        self._queue = _EMPTY
 
     def _still_queued(self, may_go: npt.NDArray[np.bool_], kept: Indices) -> Indices:
-        unused = self.last_used[self._queue] == self._queue_times
-        self._queue, self._queue_times = self._queue[unused], self._queue_times[unused]
-        counts = may_go[self._queue]
-        if kept.size and self._queue.size:
-            counts &= ~np.isin(self._queue, kept)
-        return self._queue[counts]
+        pages, times, made_at = self._queue
+        unused = self.last_used[pages] == times
+        pages = pages[unused]
+        self._queue = _Queue(pages, times[unused], made_at)
+        counts = may_go[pages]
+        if kept.size and pages.size:
+            counts &= ~np.isin(pages, kept)
+        found: Indices = pages[counts]
+        return found
 
     def _fill_queue(self, pages: Indices, length: int) -> None:
         times = self.last_used[pages]
@@ -68,4 +91,4 @@ class TileUse:
             oldest = np.argpartition(times, length - 1)[:length]
             pages, times = pages[oldest], times[oldest]
         order = np.argsort(times)
-        self._queue, self._queue_times, self._queued_at = pages[order], times[order], self.clock
+        self._queue = _Queue(pages[order], times[order], self.clock)
