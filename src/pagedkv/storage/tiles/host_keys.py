@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from .host_slots import Key
@@ -34,9 +35,22 @@ def keys_of_rows(rows: torch.Tensor) -> list[Key]:
 
 def _are_plain(keys: list[Any]) -> bool:
     """Whether all are tuples of exact ints in range and a part; False says nothing."""
-    if not (set(map(type, keys)) <= {tuple, TileKey} and set(map(len, keys)) == {4}):
+    if not set(map(type, keys)) <= {tuple, TileKey}:
         return False
-    *columns, parts = zip(*keys, strict=True)
-    if not (set(map(type, parts)) == {str} and set(parts) <= set(PARTS)):
+    try:
+        *columns, parts = zip(*keys, strict=True)
+    except ValueError:  # of different lengths, or no keys
         return False
-    return all(set(map(type, column)) == {int} and min(column) >= 0 and max(column) <= MAX_INDEX for column in columns)
+    if not (len(columns) == 3 and set(map(type, parts)) == {str} and set(parts) <= set(PARTS)):
+        return False
+    return all(map(_are_indices, columns))
+
+
+def _are_indices(column: tuple[Any, ...]) -> bool:
+    if set(map(type, column)) != {int}:
+        return False
+    try:
+        values = np.fromiter(column, np.int64, len(column))
+    except OverflowError:
+        return False
+    return bool(values.min() >= 0 and values.max() <= MAX_INDEX)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from itertools import groupby
-from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
 
+from .host_sequences import Key, KeysBySequence
+
 __all__ = ["HostSlots", "Key", "SlotIds"]
 
-Key = tuple[int, int, int, str]
 SlotIds = npt.NDArray[np.int64]
-
-_sequence_of = itemgetter(0)
 
 
 class HostSlots:
@@ -39,8 +36,8 @@ class HostSlots:
         self.is_rewritten = np.zeros(capacity, np.bool_)
         self.is_whole = True
         self.num_names, self.num_views, self.num_pins = np.zeros((3, capacity), np.int64)
-        self.free = deque(range(capacity))
-        self._by_sequence: dict[int, dict[Key, None]] = {}
+        self.free = list(range(capacity))
+        self._sequences = KeysBySequence(self.by_key)
         # Of a call's own slots: how many of its keys name each. 0 between calls.
         self._num_own = np.zeros(capacity, np.int64)
 
@@ -57,23 +54,29 @@ class HostSlots:
         for key, count in self.pins_of_key.items():
             if key in self.by_key:
                 self.num_pins[self.by_key[key]] += count
-        self._by_sequence.clear()
-        for key in self.by_key:
-            self._by_sequence.setdefault(key[0], {})[key] = None
+        self._sequences.start_anew(self.by_key)
         unused = (self.num_names == 0) & (self.num_views == 0)
-        self.free = deque(np.flatnonzero(unused).tolist())
+        self.free = np.flatnonzero(unused).tolist()
         self._num_own[:] = 0
         self.is_rewritten[:] = False
         self.is_whole = True
 
     def of_sequence(self, sequence: int) -> list[Key]:
         """The keys of one sequence, in the order in which they came to be."""
-        return list(self._by_sequence.get(sequence, ()))
+        return self._sequences.of_sequence(sequence)
 
     def find(self, keys: Sequence[Key]) -> SlotIds:
         """The slot that each key names, -1 for none."""
-        get = self.by_key.get
-        return np.array([get(key, -1) for key in keys], np.int64)
+        if self.by_key.keys().isdisjoint(keys):
+            return np.full(len(keys), -1, np.int64)
+        try:
+            return self.find_all(keys)
+        except KeyError:
+            return np.array([self.by_key.get(key, -1) for key in keys], np.int64)
+
+    def find_all(self, keys: Sequence[Key]) -> SlotIds:
+        """The slot that each key names; raises KeyError for the first that names none."""
+        return np.fromiter(map(self.by_key.__getitem__, keys), np.int64, len(keys))
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Makes keys that name slots the most recently used, in this order."""
@@ -82,24 +85,17 @@ class HostSlots:
     def name(self, keys: Sequence[Key], slots: SlotIds) -> None:
         """Lets distinct keys that name nothing name these slots, as the most recently used in this order."""
         was_whole, self.is_whole = self.is_whole, False
-        self.by_key.update(zip(keys, slots.tolist(), strict=True))
+        self._set_slots(keys, slots)
         np.add.at(self.num_names, slots, 1)
         self._move_pins(keys, slots, 1)
-        for sequence, group in groupby(keys, _sequence_of):
-            self._by_sequence.setdefault(sequence, {}).update(dict.fromkeys(group))
+        self._sequences.add(keys)
         self.is_whole = was_whole
 
     def drop(self, keys: Sequence[Key]) -> int:
         """Takes n distinct keys off their slots and returns n; a slot is free without name and view."""
         was_whole, self.is_whole = self.is_whole, False
-        slots = np.array([self.by_key.pop(key) for key in keys], np.int64)
+        slots = np.fromiter(map(self.by_key.pop, keys), np.int64, len(keys))
         self._take_names(keys, slots)
-        for sequence, group in groupby(keys, _sequence_of):
-            of_sequence = self._by_sequence[sequence]
-            for key in group:
-                del of_sequence[key]
-            if not of_sequence:
-                del self._by_sequence[sequence]
         self.is_whole = was_whole
         return len(keys)
 
@@ -174,8 +170,9 @@ class HostSlots:
         is_own &= is_own.cumsum() <= len(held) - len(self.free)
         slots = held.copy()
         # Those that others may still read, freed last, are taken last.
-        take = self.free.popleft
-        slots[~is_own] = [take() for _ in range(len(held) - int(is_own.sum()))]
+        num_taken = len(held) - int(is_own.sum())
+        slots[~is_own] = self.free[:num_taken]
+        del self.free[:num_taken]
         self.is_rewritten[slots[is_own]] = True
         return slots
 
@@ -199,14 +196,14 @@ class HostSlots:
     def publish_all(self, keys: Sequence[Key], slots: SlotIds) -> None:
         """Lets distinct keys, which may share slots, be all that there is: ends the put that `reserve_all` begins."""
         self.by_key.clear()
-        self.by_key.update(zip(keys, slots.tolist(), strict=True))
+        self._set_slots(keys, slots)
         self.is_rewritten[:] = False
         self.mend()
 
     def _rename(self, keys: Sequence[Key], held: SlotIds, slots: SlotIds) -> None:
         moved = np.flatnonzero((held >= 0) & (held != slots))
-        moved_keys = [keys[i] for i in moved.tolist()]
-        self.by_key.update(zip(moved_keys, slots[moved].tolist(), strict=True))
+        moved_keys = keys if moved.size == len(keys) else [keys[i] for i in moved.tolist()]
+        self._set_slots(moved_keys, slots[moved])
         self.num_names[slots[moved]] += 1
         self._move_pins(moved_keys, slots[moved], 1)
         self._take_names(moved_keys, held[moved])
@@ -224,6 +221,13 @@ class HostSlots:
         """It is written over."""
         self.is_rewritten[slot] = False
         self.is_whole = True
+
+    def are_distinct(self, slots: SlotIds) -> bool:
+        """Whether no slot stands in `slots` twice."""
+        last = np.empty(self.capacity, np.int64)
+        rows = np.arange(len(slots))
+        last[slots] = rows
+        return bool((last[slots] == rows).all())
 
     def is_exclusive(self, slot: int) -> bool:
         """Whether the slot has one name and no view."""
@@ -244,6 +248,12 @@ class HostSlots:
         """Whether a key or a view is pinned."""
         return bool(self.pins_of_key) or bool(self.views)
 
+    def _set_slots(self, keys: Sequence[Key], slots: SlotIds) -> None:
+        by_key = self.by_key
+        # Sooner done than by `update`, which OrderedDict has from the mappings at large.
+        for key, slot in zip(keys, slots.tolist(), strict=True):
+            by_key[key] = slot
+
     def _take_names(self, keys: Sequence[Key], slots: SlotIds) -> None:
         np.subtract.at(self.num_names, slots, 1)
         self._move_pins(keys, slots, -1)
@@ -256,4 +266,8 @@ class HostSlots:
     def _free_unused(self, slots: SlotIds) -> None:
         """Adds those of the slots, which may repeat, that have lost their last name or view."""
         unused = slots[(self.num_names[slots] == 0) & (self.num_views[slots] == 0)]
-        self.free.extend(dict.fromkeys(unused.tolist()))
+        if unused.size > 1:
+            marks = np.zeros(self.capacity, np.bool_)
+            marks[unused] = True
+            unused = np.flatnonzero(marks)
+        self.free += unused.tolist()

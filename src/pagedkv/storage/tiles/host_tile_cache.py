@@ -145,14 +145,10 @@ class HostTileCache:
         if not are_known:
             checked = check_tile_keys(checked)
         content = self._tiles.checked("tiles", tiles, scales, len(checked))
-        num_keys = len(set(checked))
-        if num_keys > self.capacity:
-            raise ValueError(f"keys must be at most {self.capacity} (the capacity), got {num_keys}.")
-        if num_keys < len(checked):
-            rows = dict(zip(checked, range(len(checked)), strict=True))
-            checked = sorted(rows, key=rows.__getitem__)
-            kept = torch.tensor([rows[key] for key in checked], dtype=torch.int64, device="cpu")
-            content = TileContent(*(None if part is None else part[kept] for part in content))  # type: ignore[arg-type]
+        if not are_known:
+            checked, content = _last_of_each(checked, content)
+        if len(checked) > self.capacity:
+            raise ValueError(f"keys must be at most {self.capacity} (the capacity), got {len(checked)}.")
         if checked:
             self._put(checked, content, are_checked=not are_known)
 
@@ -301,12 +297,13 @@ class HostTileCache:
         )
 
     def _are_known(self, keys: list[_AnyKey]) -> bool:
-        """Whether all keys are in the books, so that as many were checked when they came there."""
+        """Whether all keys are in the books, where checked ones alone come to be, and no two of them name one slot."""
+        slots = self._slots
         try:
-            with self._lock:
-                return all(map(self._by_key.__contains__, keys))
-        except TypeError:
+            held = self._turns.look(lambda: slots.find_all(keys))
+        except (KeyError, TypeError):
             return False
+        return slots.are_distinct(held)
 
     def _evict(self, victims: list[Key]) -> None:
         if self._on_evict is not None:
@@ -359,6 +356,16 @@ class HostTileCache:
                 if key not in by_key:
                     raise _missing(key) from None
             raise
+
+
+def _last_of_each(keys: list[Key], content: TileContent) -> tuple[list[Key], TileContent]:
+    """Each key once, with the tile that comes last."""
+    rows = dict(zip(keys, range(len(keys)), strict=True))
+    if len(rows) == len(keys):
+        return keys, content
+    keys = sorted(rows, key=rows.__getitem__)
+    kept = torch.tensor([rows[key] for key in keys], dtype=torch.int64, device="cpu")
+    return keys, TileContent(*(None if part is None else part[kept] for part in content))  # type: ignore[arg-type]
 
 
 def _missing(key: _AnyKey) -> KeyError:

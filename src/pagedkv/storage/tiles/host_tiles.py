@@ -164,11 +164,19 @@ class HostTiles:
         return shapes
 
     def _new_copy_of(self, slot: int) -> Callable[[], Tile]:
-        copy_values: Callable[[], torch.Tensor] = _inference_alias(self.values, slot).clone
+        copy_values = _copier(self.values, slot)
         if self.scales is None:
             return copy_values
-        copy_scales: Callable[[], torch.Tensor] = _inference_alias(self.scales, slot).clone
+        copy_scales = _copier(self.scales, slot)
         return lambda: QuantizedKV(copy_values(), copy_scales())
+
+
+def _copier(slab: torch.Tensor, slot: int) -> Callable[[], torch.Tensor]:
+    """What copies one tile soonest: numpy, in three quarters of torch's time for 8 KiB, where it knows the dtype."""
+    if slab.dtype == torch.bfloat16:
+        return _inference_alias(slab, slot).clone
+    copy, as_tensor = slab[slot].numpy().copy, torch.from_numpy
+    return lambda: as_tensor(copy())
 
 
 def _inference_alias(slab: torch.Tensor, slot: int) -> torch.Tensor:

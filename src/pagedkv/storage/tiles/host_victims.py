@@ -22,12 +22,13 @@ def choose_victims(slots: HostSlots, keys: Sequence[Key], held: SlotIds) -> list
     missing -= int(slots.own_slots(held).sum()) if missing > 0 else 0
     if missing <= 0:
         return []
-    wanted = set(keys)
+    # Keys that are not there cannot be among those that go.
+    wanted = set(keys) if (held >= 0).any() else set()
     if not _may_all_go(slots):
         return _victims_among_pins(slots, wanted, held, missing)
     victims = list(islice(filterfalse(wanted.__contains__, slots.by_key), missing))
     if len(victims) < missing:
-        raise _out_of_pages(slots, len(keys), len(victims))
+        raise _out_of_pages(slots, len(held), len(victims))
     return victims
 
 
@@ -50,7 +51,7 @@ def _victims_among_pins(slots: HostSlots, wanted: set[Key], held: SlotIds, missi
         num_freed += not left
         if num_freed == missing:
             return victims
-    raise _out_of_pages(slots, len(wanted), num_freed)
+    raise _out_of_pages(slots, len(held), num_freed)
 
 
 def _unwanted(slots: HostSlots, wanted: set[Key]) -> Iterator[tuple[Key, int]]:
