@@ -350,7 +350,7 @@ class HostTileCache:
     def _slots_of(self, keys: list[_AnyKey]) -> SlotIds:
         by_key = self._by_key
         try:
-            return np.array([by_key[key] for key in keys], np.int64)
+            return self._slots.find_all(keys)
         except (KeyError, TypeError):
             for key in check_tile_keys(keys):
                 if key not in by_key:
