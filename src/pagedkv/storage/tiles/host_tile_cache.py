@@ -43,6 +43,10 @@ class HostTileStats(NamedTuple):
     evictions: int
 
 
+class _UnknownKeysError(Exception):
+    """A put cannot go on before its keys are checked."""
+
+
 class HostTileCache:
     """Up to `capacity` tiles of [tile_size, head_dim] in RAM, each by itself: keys and values are two tiles.
 
@@ -132,7 +136,7 @@ class HostTileCache:
         key = check_tile_key(key)
         content = self._tiles.checked("tile", tile, scales, None)
         if not self._turns.change(lambda: self._put_in_place(key, content)):
-            self._put([key], TileContent(*(None if part is None else part[None] for part in content)))  # type: ignore[arg-type]
+            self._put([key], TileContent(*(None if part is None else part[None] for part in content)), self._slots.find)  # type: ignore[arg-type]
 
     def put_batch(self, keys: Iterable[_AnyKey], tiles: Tile, scales: torch.Tensor | None = None) -> None:
         """Stores tiles [n, tile_size, head_dim] under n keys, all or none; of a key named twice the last tile counts.
@@ -140,17 +144,16 @@ class HostTileCache:
         Scales: for int8 codes, [n, tile_size] float32.
         Raises: ValueError for more keys than the capacity.
         """
-        checked = list(keys)
-        are_known = self._are_known(checked)
-        if not are_known:
-            checked = check_tile_keys(checked)
-        content = self._tiles.checked("tiles", tiles, scales, len(checked))
-        if not are_known:
-            checked, content = _last_of_each(checked, content)
-        if len(checked) > self.capacity:
-            raise ValueError(f"keys must be at most {self.capacity} (the capacity), got {len(checked)}.")
-        if checked:
-            self._put(checked, content, are_checked=not are_known)
+        keys = list(keys)
+        content = self._tiles.checked("tiles", tiles, scales, len(keys))
+        try:
+            self._put(keys, content, self._find_known)
+        except _UnknownKeysError:
+            checked, content = _last_of_each(check_tile_keys(keys), content)
+            if len(checked) > self.capacity:
+                raise ValueError(f"keys must be at most {self.capacity} (the capacity), got {len(checked)}.") from None
+            if checked:
+                self._put(checked, content, self._slots.find)
 
     def remove(self, key: _AnyKey) -> bool:
         """Forgets the key, pinned or not; says whether it was there."""
@@ -277,16 +280,14 @@ class HostTileCache:
         self._by_key.move_to_end(key)
         return True
 
-    def _put(self, keys: list[Key], content: TileContent, *, are_checked: bool = True) -> None:
-        """Stores tiles under distinct keys, which are equal to checked ones unless they are no longer in the books."""
+    def _put(self, keys: list[Key], content: TileContent, find: Callable[[list[Key]], SlotIds]) -> None:
+        """Stores tiles under distinct checked keys; `find` gives the slot of each, -1 for none."""
         slots = self._slots
         held = np.empty(0, np.int64)
 
         def start() -> SlotIds:
-            nonlocal keys, held
-            held = slots.find(keys)
-            if not are_checked and (held < 0).any():
-                keys = check_tile_keys(keys)
+            nonlocal held
+            held = find(keys)
             self._evict(choose_victims(slots, keys, held))
             return slots.reserve(held)
 
@@ -296,14 +297,18 @@ class HostTileCache:
             lambda targets: slots.publish(keys, held, targets),
         )
 
-    def _are_known(self, keys: list[_AnyKey]) -> bool:
-        """Whether all keys are in the books, where checked ones alone come to be, and no two of them name one slot."""
-        slots = self._slots
+    def _find_known(self, keys: list[Key]) -> SlotIds:
+        """The slots of keys that need no check, since they are all in the books, where checked ones alone come to be.
+
+        Raises: _UnknownKeysError for keys that need one, and where two name one slot: they may be the same.
+        """
         try:
-            held = self._turns.look(lambda: slots.find_all(keys))
+            held = self._slots.find_all(keys)
         except (KeyError, TypeError):
-            return False
-        return slots.are_distinct(held)
+            raise _UnknownKeysError from None
+        if not held.size or not self._slots.are_distinct(held):
+            raise _UnknownKeysError
+        return held
 
     def _evict(self, victims: list[Key]) -> None:
         if self._on_evict is not None:
