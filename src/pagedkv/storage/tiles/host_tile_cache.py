@@ -90,8 +90,9 @@ class HostTileCache:
         self._geometry = TileGeometry(tile_size, head_dim, head_dim, dtype)
         self._on_evict = on_evict
         self._tiles = HostTiles(capacity, self._geometry)
+        self._copy = self._tiles.copy
         self._slots = HostSlots(capacity)
-        self._turns = HostTurns(self._slots, self._tiles)
+        self._turns = HostTurns(self._slots)
         self._lock, self._by_key = self._turns.lock, self._slots.by_key
         self._hits = self._misses = self._evictions = 0
 
@@ -107,17 +108,17 @@ class HostTileCache:
 
     def get(self, key: _AnyKey) -> Tile | None:
         """A copy of the tile, or None; its key is the most recently used then."""
-        turns = self._turns
         with self._lock:
-            try:
-                if not turns.depth:
+            # Nothing is being put, nor was a put interrupted, and no other call is in the midst of the books.
+            if self._slots.is_whole and not self._turns.depth:
+                try:
                     self._by_key.move_to_end(key)
-                copy = turns.copies[self._by_key[key]]
-            except (KeyError, TypeError):
-                copy = None
-            if copy is not None:
-                self._hits += 1
-                return copy()
+                    slot = self._by_key[key]
+                except (KeyError, TypeError):
+                    pass
+                else:
+                    self._hits += 1
+                    return self._copy(slot)
         return self._get(check_tile_key(key))
 
     def get_batch(self, keys: Iterable[_AnyKey], out: Tile | None = None) -> Tile:
@@ -265,7 +266,7 @@ class HostTileCache:
                 return None
             self._touch([key])
             self._hits += 1
-            return self._tiles.copy_of(slot)()
+            return self._copy(slot)
 
         return self._turns.look_when_whole(key, copy)
 
@@ -313,7 +314,7 @@ class HostTileCache:
     def _evict(self, victims: list[Key]) -> None:
         if self._on_evict is not None:
             for key in victims:
-                self._on_evict(TileKey(*key), self._tiles.copy_of(self._by_key[key])())
+                self._on_evict(TileKey(*key), self._copy(self._by_key[key]))
         self._slots.drop(victims)
         self._evictions += len(victims)
 

@@ -9,7 +9,6 @@ from typing import TypeVar
 import numpy as np
 
 from .host_slots import HostSlots, Key, SlotIds
-from .host_tiles import HostTiles, Tile
 
 __all__ = ["BatchPut", "BatchRead", "HostTurns"]
 
@@ -43,8 +42,6 @@ class HostTurns:
             handler or a finalizer in the midst of a call of its own: it may read then, and not change anything.
     reads:  batches that are being copied out.
     put:    the one that is being copied in, None for none. Nothing but pins changes in the books meanwhile.
-    copies: what copies a tile, by slot; None where that is to be made yet, and everywhere while a put writes over
-            tiles, so that a reader who looks here needs to look nowhere else.
     depth:  how many calls are in the midst of the books. Who has the lock and sees one is called by it, and must not
             even move a key in the order of use: the other call may be going through them.
 
@@ -52,12 +49,10 @@ class HostTurns:
     and the books say themselves whether they are whole.
     """
 
-    def __init__(self, slots: HostSlots, tiles: HostTiles) -> None:
+    def __init__(self, slots: HostSlots) -> None:
         self.lock = threading.RLock()
         self.reads: set[BatchRead] = set()
         self.put: BatchPut | None = None
-        self.copies = self._all_copies = tiles.copies
-        self._no_copies: list[Callable[[], Tile] | None] = [None] * slots.capacity
         self._slots = slots
         self.depth = 0
         self._changed = threading.Condition(self.lock)
@@ -135,7 +130,6 @@ class HostTurns:
                 finally:
                     if self.put is put:
                         self.put = None
-                        self.copies = self._all_copies
                     self._changed.notify_all()
 
     def await_put(self) -> None:
@@ -167,10 +161,7 @@ class HostTurns:
 
     def _start(self, put: BatchPut, start: Callable[[], SlotIds]) -> SlotIds:
         self.put = put
-        slots = start()
-        if self._slots.is_rewritten.any():
-            self.copies = self._no_copies
-        return slots
+        return start()
 
     def _end(self, put: BatchPut, publish: Callable[[], None]) -> None:
         if put.is_written:
