@@ -123,5 +123,5 @@ def check_int(name: str, value: object, minimum: int) -> None:
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuses a value that is not one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")

@@ -1,15 +1,17 @@
 """HostTileCache under interrupts at any moment, and calls that come in the midst of calls of the same thread."""
 
 import contextlib
+import gc
 import itertools
 import random
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
-from pagedkv import OutOfPagesError
+from pagedkv import OutOfPagesError, dequantize_kv
 from pagedkv.storage.tiles.host_tile_cache import HostTileCache
 
 TILE_SIZE, HEAD_DIM, CAPACITY = 2, 4, 8
@@ -201,3 +203,84 @@ def test_an_interrupt_while_a_put_waits_for_readers_costs_nothing():
     checked(KEYS[0], cache.get_batch(KEYS[:1])[0])
     holds(cache)
     assert KEYS[0] in cache
+
+
+def test_a_view_that_the_collector_ends_in_the_midst_of_a_change_frees_its_slot_once():
+    def abandon(cache):
+        """Enters a block whose end only the collector finds."""
+
+        def block():
+            with cache.pinned(KEYS[0]):
+                yield
+
+        ring = [block()]
+        next(ring[0])
+        ring.append(ring)
+
+    was_enabled, thresholds = gc.isenabled(), gc.get_threshold()
+    try:
+        for num_allocations in range(1, 150):
+            gc.disable()
+            cache = HostTileCache(4, TILE_SIZE, HEAD_DIM)
+            cache.put_batch(KEYS[:2], tiles_of(KEYS[:2], itertools.count(1)))
+            gc.collect()
+            abandon(cache)
+            gc.set_threshold(num_allocations, 1000, 1000)
+            gc.enable()
+            cache.remove(KEYS[0])
+            gc.disable()
+            gc.collect()
+            cache.put_batch(KEYS[2:5], tiles_of(KEYS[2:5], itertools.count(1)))
+            holds(cache)
+            assert (len(cache), cache.stats().num_tiles) == (4, 4)
+    finally:
+        gc.set_threshold(*thresholds)
+        if was_enabled:
+            gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.bfloat16])
+def test_get_gives_the_tile_of_its_key_whatever_a_handler_does_meanwhile(dtype):
+    """At every instruction of a get, a put that would evict the tile comes in between: refused, or before, or after."""
+    key, other = KEYS[0], KEYS[2]
+    numbers = set()
+    dtype_in = torch.float32 if dtype == torch.int8 else dtype
+    kept, put_meanwhile = (torch.full((TILE_SIZE, HEAD_DIM), number, dtype=dtype_in) for number in (1.0, -100.0))
+
+    def run(position):
+        cache = HostTileCache(1, TILE_SIZE, HEAD_DIM, dtype=dtype)
+        cache.put(key, kept)
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            if "storage/tiles/host_" not in frame.f_code.co_filename:
+                return None
+            frame.f_trace_opcodes = True
+            count += 1
+            if count == position:
+                sys.settrace(None)
+                with contextlib.suppress(RuntimeError):
+                    cache.put(other, put_meanwhile)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            read = cache.get(key)
+        finally:
+            sys.settrace(None)
+        if read is not None:
+            values = dequantize_kv(read.values[:, None], read.scales[:, None]) if dtype == torch.int8 else read
+            numbers.update(values.float().unique().tolist())
+        assert cache.stats().num_tiles == len(cache) == 1
+        return count >= position
+
+    previous = sys.gettrace()
+    try:
+        num_positions = 1
+        while run(num_positions):
+            num_positions += 1
+    finally:
+        sys.settrace(previous)
+    assert num_positions > 20
+    assert numbers == {1.0}

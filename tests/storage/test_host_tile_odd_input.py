@@ -1,8 +1,12 @@
 """HostTileCache under input that is odd: other defaults of torch, keys that are only equal, memory that overlaps."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from pagedkv.storage.tiles.host_tile_cache import HostTileCache
 from pagedkv.testing.bits import same_bits
@@ -105,3 +109,53 @@ def test_the_keys_of_a_sequence():
     assert cache.keys_of(A[0]) == [key for key in (A, B) if key[0] == A[0]]
     assert cache.keys_of(99) == []
     assert order(cache) == before
+
+
+def test_memory_that_anyone_refers_to_is_not_handed_out_again():
+    cache = HostTileCache(300, 16, 128)
+    keys = [(0, 0, tile, "k") for tile in range(200)]
+    cache.put_batch(keys, torch.ones(200, 16, 128))
+    address = cache.get_batch(keys).data_ptr()
+    again = cache.get_batch(keys)
+    assert again.data_ptr() == address  # it is reused at all
+    storage = again.untyped_storage()
+    del again
+    third = cache.get_batch(keys)
+    assert third.data_ptr() != storage.data_ptr()
+    view = third[3:5]
+    del third
+    assert cache.get_batch(keys).data_ptr() != view.data_ptr() - 3 * 16 * 128 * 4
+
+
+@pytest.mark.parametrize("key", [A, C], ids=["there", "new"])
+def test_tiles_without_memory_are_refused_before_anything_goes(key):
+    cache = cache_of(A, B, (0, 0, 7, "k"))
+    before = state(cache)
+    freed = torch.ones(3, 5)
+    batch = freed[None]
+    freed.untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.ones(3, 5)
+        fake_batch = torch.ones(1, 3, 5)
+    for tile, tiles in ((freed, batch), (fake, fake_batch)):
+        with pytest.raises(ValueError, match="must have memory, got a .*Tensor of 15 elements without"):
+            cache.put_batch([key], tiles)
+        with pytest.raises(ValueError, match="must have memory, got a .*Tensor of 15 elements without"):
+            cache.put(key, tile)
+    assert state(cache) == before
+
+
+def test_a_cache_is_not_copied_or_pickled():
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a tile cache must stay where it is"):
+            attempt(cache_of(A))
+
+
+@pytest.mark.parametrize("keys", [None, 7], ids=str)
+def test_keys_that_are_none(keys):
+    with pytest.raises(TypeError, match=f"keys must be an iterable of tile keys, got {type(keys).__name__}"):
+        cache_of(A).get_batch(keys)
+    with pytest.raises(TypeError, match=f"keys must be an iterable of tile keys, got {type(keys).__name__}"):
+        cache_of(A).put_batch(keys, torch.ones(1, 3, 5))
+    with pytest.raises(ValueError, match="part of a tile must be 'k' or 'v', got array"):
+        cache_of(A).get((0, 0, 9, np.zeros(2)))

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import sys
 import threading
 from contextlib import nullcontext, suppress
@@ -701,3 +703,22 @@ def test_default_device_and_dtype_change_nothing():
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
+
+
+def test_new_tokens_without_memory_are_refused_before_anything_goes():
+    cache = TileCache(1, 4, 2, num_beams=2, num_heads=1, num_tiles=1)
+    ones = torch.ones(1, 1, 4, 2)
+    cache.store(ones, ones, torch.tensor([0]), torch.tensor([1]))
+    freed = torch.ones(1, 1, 4, 2)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="value must have memory, got a Tensor of 8 elements without"):
+        cache.store(ones, freed, torch.tensor([0]), torch.tensor([0]))
+    assert cache.contains(1, 0, 0)
+    assert not cache.contains(0, 0, 0)
+
+
+def test_a_cache_is_not_copied_or_pickled():
+    cache = TileCache(1, 4, 2, num_beams=1, num_heads=1, num_tiles=1)
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a tile cache must stay where it is"):
+            attempt(cache)

@@ -11,12 +11,14 @@ __all__ = [
     "between_graphs",
     "check_ids",
     "check_kv_pages",
+    "check_memory",
     "check_no_grad",
     "check_order",
     "check_slots",
     "check_writable",
     "fits_graph",
     "mark_written",
+    "memory_address",
     "to_nhd",
 ]
 
@@ -77,6 +79,26 @@ def check_writable(name: str, pages: torch.Tensor) -> None:
         if num_items > 1 and stride <= reach:
             raise ValueError(f"{name} must not overlap itself, got strides {list(strides)} of {list(shape)}.")
         reach += (num_items - 1) * stride
+
+
+def memory_address(tensor: torch.Tensor) -> int:
+    """The address of the first element; 0 for a tensor without memory: a fake one, one whose memory was taken away."""
+    kind = type(tensor)
+    try:
+        # Fake tensors have an address to give, of nothing, and warn.
+        is_plain = kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        return tensor.data_ptr() if is_plain else 0
+    except RuntimeError:  # what a transform wraps says so itself
+        return 0
+
+
+def check_memory(**tensors: torch.Tensor | None) -> None:
+    """Refuses elements without memory."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and not memory_address(tensor):
+            raise ValueError(
+                f"{name} must have memory, got a {type(tensor).__name__} of {tensor.numel()} elements without."
+            )
 
 
 def mark_written(*tensors: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...kernels.pages import memory_address
 from .status import InfiniopError, InfiniStatus
 
 __all__ = ["Footprint", "address_of", "check_dense", "is_dense", "may_share_memory"]
@@ -75,16 +76,10 @@ def check_dense(name: str, tensor: object) -> None:
 
 def address_of(name: str, tensor: torch.Tensor) -> int:
     """The address of the first element; refuses, with BAD_PARAM, elements without memory, as fake tensors have."""
-    kind = type(tensor)
-    try:
-        # Fake tensors have an address to give, of nothing, and warn.
-        is_plain = kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        address = tensor.data_ptr() if is_plain else 0
-    except RuntimeError:  # what a transform wraps says so itself
-        address = 0
+    address = memory_address(tensor)
     if not address and tensor.numel():
         raise InfiniopError(
             InfiniStatus.BAD_PARAM,
-            f"{name} must have memory, got a {kind.__name__} of {tensor.numel()} elements without.",
+            f"{name} must have memory, got a {type(tensor).__name__} of {tensor.numel()} elements without.",
         )
     return address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 
@@ -23,13 +24,16 @@ class BatchMemory:
 
     def __init__(self) -> None:
         self._last: torch.UntypedStorage | None = None
+        alone = torch.empty(1, device="cpu").untyped_storage()
+        # How many these are when a local variable alone refers to it: it depends on the version of Python.
+        self._own_references = _num_references(alone)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory with any content, the caller's own for as long as he refers to it."""
         num_bytes = math.prod(shape) * dtype.itemsize
         # Taken out first: a second thread that asks meanwhile finds none.
         last, self._last = self._last, None
-        if last is not None and last.nbytes() == num_bytes and torch._C._storage_Use_Count(last._cdata) == 1:
+        if last is not None and last.nbytes() == num_bytes and _num_references(last) == self._own_references:
             values: torch.Tensor = torch.empty(0, dtype=dtype, device="cpu").set_(last).view(shape)
         else:
             values = torch.empty(shape, dtype=dtype, device="cpu")
@@ -37,3 +41,8 @@ class BatchMemory:
         if _LEAST_BYTES <= num_bytes <= _MOST_BYTES:
             self._last = values.untyped_storage()
         return values
+
+
+def _num_references(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """Tensors that use the memory, itself included; references that Python has to it, those of the call included."""
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)

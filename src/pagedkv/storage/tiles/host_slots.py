@@ -21,6 +21,8 @@ class HostSlots:
     by_key:       slot by key, the least recently used key first.
     pins_of_key:  pins stay with their key while it is overwritten, removed or put again.
     views:        slot by view; a slot stays as it is while there is a view of it.
+    ended_views:  views to be taken off. They come here at any moment and on any thread, by the collector even in the
+                  midst of a change of the same thread; so nothing else happens then.
     is_rewritten: by slot, whether its tile is being written over, so that its content is no tile at present.
     The rest follows from these, and `mend` works it out anew after a change that was interrupted:
     free:         slots without name and view; the longest free is taken first.
@@ -33,6 +35,7 @@ class HostSlots:
         self.by_key: OrderedDict[Key, int] = OrderedDict()
         self.pins_of_key: dict[Key, int] = {}
         self.views: dict[object, int] = {}
+        self.ended_views: deque[object] = deque()
         self.is_rewritten = np.zeros(capacity, np.bool_)
         self.is_whole = True
         self.num_names, self.num_views, self.num_pins = np.zeros((3, capacity), np.int64)
@@ -126,20 +129,24 @@ class HostSlots:
         self.is_whole = was_whole
 
     def start_view(self, view: object, slot: int) -> None:
-        """Keeps the slot as it is until `end_view(view)`."""
+        """Keeps the slot as it is until the view is in `ended_views`."""
         was_whole, self.is_whole = self.is_whole, False
         self.views[view] = slot
         self.num_views[slot] += 1
         self.is_whole = was_whole
 
-    def end_view(self, view: object) -> None:
-        """Lets go what `start_view` keeps, if it does."""
-        was_whole, self.is_whole = self.is_whole, False
-        slot = self.views.pop(view, None)
-        if slot is not None:
-            self.num_views[slot] -= 1
-            self._free_unused(np.array([slot]))
-        self.is_whole = was_whole
+    def settle(self) -> None:
+        """Takes off the views that ended, and makes the books whole."""
+        while self.ended_views:
+            was_whole, self.is_whole = self.is_whole, False
+            slot = self.views.pop(self.ended_views[0], None)
+            if slot is not None:
+                self.num_views[slot] -= 1
+                self._free_unused(np.array([slot]))
+            # Last: an interrupt before leaves it here for the next time.
+            self.ended_views.popleft()
+            self.is_whole = was_whole
+        self.mend()
 
     def own_slots(self, held: SlotIds) -> npt.NDArray[np.bool_]:
         """Which of a call's distinct keys, that name the slots `held` (-1: none), may write where they are.

@@ -62,7 +62,8 @@ class HostTileCache:
              copied outside of it, from slots that are noted as being read to slots that are noted as being written. So
              readers do not wait for each other's batches; writers take turns, and a reader waits for a batch that is
              being put only where it asks for a tile that this writes over. `on_evict` runs under the lock. A signal
-             handler or finalizer that comes in the midst of a call may read, too; a change raises RuntimeError.
+             handler or finalizer in the midst of a call may `get` what that call does not write over; a change raises
+             RuntimeError.
     Interrupts (KeyboardInterrupt and the like): the books stay whole, and every tile that can be read is one that was
              put. A put that is interrupted may be done, or not, or have cost tiles: those that it evicted and those
              that it wrote over; a load, all.
@@ -109,16 +110,19 @@ class HostTileCache:
     def get(self, key: _AnyKey) -> Tile | None:
         """A copy of the tile, or None; its key is the most recently used then."""
         with self._lock:
+            turns = self._turns
             # Nothing is being put, nor was a put interrupted, and no other call is in the midst of the books.
-            if self._slots.is_whole and not self._turns.depth:
+            if self._slots.is_whole and not turns.depth:
                 try:
+                    turns.depth = 1
                     self._by_key.move_to_end(key)
-                    slot = self._by_key[key]
+                    tile = self._copy(self._by_key[key])
+                    self._hits += 1
+                    return tile
                 except (KeyError, TypeError):
                     pass
-                else:
-                    self._hits += 1
-                    return self._copy(slot)
+                finally:
+                    turns.depth = 0
         return self._get(check_tile_key(key))
 
     def get_batch(self, keys: Iterable[_AnyKey], out: Tile | None = None) -> Tile:
@@ -127,7 +131,7 @@ class HostTileCache:
         Owns:   writes `out`, if given, alone, and returns it; int8: a QuantizedKV with scales [n, tile_size].
         Raises: KeyError, naming the key, for one that is not there. Nothing is counted, moved or written then.
         """
-        keys = list(keys)
+        keys = _listed(keys)
         out = self._tiles.new_batch(len(keys)) if out is None else self._tiles.check_out(out, len(keys))
         self._turns.read(lambda: self._find_batch(keys), lambda slots: self._tiles.read_batch(slots, out))
         return out
@@ -145,7 +149,7 @@ class HostTileCache:
         Scales: for int8 codes, [n, tile_size] float32.
         Raises: ValueError for more keys than the capacity.
         """
-        keys = list(keys)
+        keys = _listed(keys)
         content = self._tiles.checked("tiles", tiles, scales, len(keys))
         try:
             self._put(keys, content, self._find_known)
@@ -178,9 +182,8 @@ class HostTileCache:
     def keys_of(self, sequence: int) -> list[TileKey]:
         """The keys of a sequence, in the order in which they came to be; moves and counts nothing."""
         _check_sequence("sequence", sequence)
-        with self._lock:
-            self._turns.await_put()
-            return [TileKey(*key) for key in self._slots.of_sequence(sequence)]
+        keys = self._turns.change(lambda: self._slots.of_sequence(sequence))
+        return [TileKey(*key) for key in keys]
 
     def __contains__(self, key: object) -> bool:
         return self.contains(key)  # type: ignore[arg-type]
@@ -220,8 +223,7 @@ class HostTileCache:
             slot = self._turns.look_when_whole(key, lambda slot: self._start_view(view, key, slot), pins=True)
             yield self._tiles.view(slot)
         finally:
-            with self._lock:
-                self._slots.end_view(view)
+            self._slots.ended_views.append(view)
 
     def fork(self, src: int, dst: int) -> None:
         """Lets sequence `dst`, which must have no tiles, share those of `src`: what either puts later is its own.
@@ -256,6 +258,9 @@ class HostTileCache:
         Raises: CorruptPageError for a damaged file; ValueError for one that does not fit, and while anything is pinned.
         """
         load_host_tiles(path, self._geometry, self._slots, self._tiles, self._turns)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a tile cache must stay where it is, got a call of copy or pickle. Use save and load.")
 
     def _get(self, key: Key) -> Tile | None:
         """What `get` gives where there is more to do than to copy."""
@@ -364,6 +369,12 @@ class HostTileCache:
             raise
 
 
+def _listed(keys: Iterable[_AnyKey]) -> list[_AnyKey]:
+    if not isinstance(keys, Iterable):
+        raise TypeError(f"keys must be an iterable of tile keys, got {type(keys).__name__}.")
+    return list(keys)
+
+
 def _last_of_each(keys: list[Key], content: TileContent) -> tuple[list[Key], TileContent]:
     """Each key once, with the tile that comes last."""
     rows = dict(zip(keys, range(len(keys)), strict=True))
@@ -380,7 +391,7 @@ def _missing(key: _AnyKey) -> KeyError:
 
 def _parent_of(parents: object) -> dict[int, int]:
     """The parent of each sequence that has one."""
-    if isinstance(parents, torch.Tensor):
+    if isinstance(parents, (torch.Tensor, np.ndarray)):
         parents = parents.tolist()
     if isinstance(parents, Mapping):
         return dict(parents)

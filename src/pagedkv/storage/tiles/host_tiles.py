@@ -11,7 +11,7 @@ import torch
 from ...kernels.attention_checks import check_no_overlap
 from ...kernels.copy_pages import copy_pages
 from ...kernels.cpu.huge_pages import advise_huge_pages
-from ...kernels.pages import check_no_grad, check_writable
+from ...kernels.pages import check_memory, check_no_grad, check_writable
 from ...kernels.quantize import QuantizedKV, quantize_kv
 from ...shapes import Shapes, check_device, check_dtype, dtype_name
 from .host_memory import BatchMemory
@@ -107,7 +107,9 @@ class HostTiles:
             raise ValueError(f"scales must be None for {dtype_name(self.geometry.dtype)} tiles, got a tensor.")
         if self.scales is None:
             check_dtype(name, tiles, self.geometry.dtype)
+            check_memory(**{name: tiles})
             return TileContent(tiles, None)
+        check_memory(**{name: tiles, "scales": scales})
         if scales is None:
             floating = [dtype for dtype in TILE_DTYPES if dtype.is_floating_point]
             check_dtype(name, tiles, *floating, remedy="Pass scales to store codes as they are.")
@@ -131,6 +133,7 @@ class HostTiles:
             and tiles.device == self.values.device
             and not tiles.requires_grad
             and not tiles.is_neg()
+            and tiles.data_ptr() != 0
         )
 
     def _checked_result(self, name: str, out: object, num_tiles: int, pattern: str, dtype: torch.dtype) -> torch.Tensor:

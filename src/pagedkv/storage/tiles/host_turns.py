@@ -86,6 +86,8 @@ class HostTurns:
         """What `step` gives, which counts pins and does not wait."""
         with self.lock:
             self._refuse_while_busy()
+            if self.put is None:
+                self._slots.settle()
             return self.look(step)
 
     def change(self, step: Callable[[], Result]) -> Result:
@@ -143,12 +145,16 @@ class HostTurns:
         while self.put is not None:
             self._refuse_own(self.put.thread)
             self._changed.wait(_SECONDS_BETWEEN_LOOKS)
-        self._slots.mend()
+        self._slots.settle()
 
     def await_tile(self) -> None:
         """Waits for the end of a put that writes over a tile which the caller asks for; not under the lock."""
         with self.lock:
-            self._refuse_while_busy()
+            if self.depth:
+                raise RuntimeError(
+                    "a tile must not be read in the midst of a put of the same thread that writes over it (by a signal "
+                    "handler or a finalizer), got a call that does."
+                )
             self.await_put()
 
     def _start_read(self, read: BatchRead, find: Callable[[], SlotIds]) -> SlotIds | None:

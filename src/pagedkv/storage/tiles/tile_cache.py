@@ -385,6 +385,9 @@ class TileCache:
     def __repr__(self) -> str:
         return f"TileCache({self.num_pages}, {self.geometry}, table={self.table}, num_used={len(self)})"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a tile cache must stay where it is, got a call of copy or pickle. Use save and load.")
+
     def _changing(self) -> AbstractContextManager[object]:
         """The lock, for a call that changes the cache; refuses one from inside of another on the same thread.
 

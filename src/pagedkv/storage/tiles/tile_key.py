@@ -37,5 +37,5 @@ def check_tile_key(key: object) -> TileKey:
 
 def check_part(part: object) -> None:
     """Refuses what names neither keys nor values."""
-    if part not in PARTS:
+    if not isinstance(part, str) or part not in PARTS:
         raise ValueError(f"part of a tile must be 'k' or 'v', got {part!r}.")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...kernels.pages import check_no_grad
+from ...kernels.pages import check_memory, check_no_grad
 from ...shapes import Shapes, check_device, check_dtype, check_floating, check_last_dim_contiguous
 from .tile_geometry import TileGeometry
 from .tile_page_table import Entries, Indices, TilePageTable, check_index, check_indices, copied_indices
@@ -70,6 +70,7 @@ def check_span(
         check_device(name, tensor, device, "the cache")
         check_last_dim_contiguous(name, tensor)
     check_no_grad(key=key, value=value)
+    check_memory(key=key, value=value)
     beams = beam_indices(shapes, beam_ids, table.num_beams, device, "R")
     if beam_ids is not None and np.unique(beams).size != beams.size:
         raise ValueError(f"beam_ids must name no beam twice, got {beams.tolist()}.")
