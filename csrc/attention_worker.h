@@ -16,6 +16,10 @@ namespace pagedkv {
 /// hardware follows, but enough to pay for loading and storing the sums of a tile.
 constexpr int kValueBlock = 8;
 
+/// Up to so many rows, keys that are unpacked are not turned over, and this many of them are unpacked at a time.
+constexpr int kFewRows = 16;
+constexpr int kUnpackedBlock = 48;
+
 /// One thread's view of a call: scratch for one item, reused from item to item. The rows of an item are those of its tiles one
 /// after the other; every array of rows has them all for the first KV head, then for the next.
 template <typename T>
@@ -163,7 +167,12 @@ class Worker {
   /// Dot products of rows [row_first, row_last) of every head with the keys of a chunk.
   void score(const ChunkRows<T>& chunk, int row_first, int row_last) {
     if (!in_place(row_last - row_first)) {
-      for (int64_t head = 0; head < num_heads_; ++head) score_transposed(chunk, head, row_first, row_last);
+      for (int64_t head = 0; head < num_heads_; ++head) {
+        if (call_.keys_need_unpacking() && row_last - row_first <= kFewRows)
+          score_unpacked(chunk, head, row_first, row_last);
+        else
+          score_transposed(chunk, head, row_first, row_last);
+      }
       return;
     }
     const int step = 2 * score_tokens(std::min(row_last - row_first, kDirectTile));
@@ -176,6 +185,19 @@ class Worker {
                                   chunk.keys(call_, item_->head_first + head, row == row_first ? kTokensAhead : 0), block,
                                   last, static_cast<int>(call_.key_dim), scores(head, row), kScoreStride);
       }
+    }
+  }
+
+  /// Unpacks keys block by block and takes them as they lie: for few rows, turning them over costs more than it saves.
+  void score_unpacked(const ChunkRows<T>& chunk, int64_t head, int row_first, int row_last) {
+    const int64_t stride = call_.padded_dim + kUnpackedPad;
+    for (int block = chunk.first; block < chunk.last; block += kUnpackedBlock) {
+      const int last = std::min(block + kUnpackedBlock, chunk.last);
+      unpack_keys(chunk, head, block, last, stride);
+      const PackedRows rows{unpacked_ - block * stride, stride};
+      for (int row = row_first; row < row_last; row += kDirectTile)
+        score_rows<kDirectTile>(std::min(kDirectTile, row_last - row), query(head, row), call_.padded_dim, rows, block, last,
+                                static_cast<int>(call_.key_dim + call_.tail_dim), scores(head, row), kScoreStride);
     }
   }
 
