@@ -37,6 +37,7 @@ from .kernels import (
     store_mla,
 )
 from .management import (
+    HashedPageCache,
     InsertResult,
     KVCacheManager,
     ManagerStats,
@@ -47,7 +48,7 @@ from .management import (
     check_integrity,
 )
 from .spec import KVCacheSpec, MLACacheSpec, calc_kv_cache_memory
-from .storage import HostTileCache, KVPool, MLAPool, PageTable, TileCache, TileKey, TilePageTable
+from .storage import HostPageStore, HostTileCache, KVPool, MLAPool, PageTable, TileCache, TileKey, TilePageTable
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,8 @@ __all__ = [
     "BackendUnavailableError",
     "CorruptPageError",
     "ExpTable",
+    "HashedPageCache",
+    "HostPageStore",
     "HostTileCache",
     "InsertResult",
     "IntegrityError",

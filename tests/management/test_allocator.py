@@ -82,3 +82,58 @@ def test_free_refuses_a_shared_page():
 def test_number_of_pages_is_checked(num_pages, error):
     with pytest.raises(error, match="num_pages must be"):
         PageAllocator(num_pages)
+
+
+def test_reserved_pages_are_nobodys():
+    allocator = PageAllocator(5, num_reserved=2)
+    assert allocator.reserved_pages.tolist() == [0, 1]
+    assert (allocator.num_pages, allocator.num_free, allocator.num_reserved) == (5, 3, 2)
+    assert allocator.allocate(3).tolist() == [2, 3, 4]
+    assert allocator.try_allocate(1) is None
+    for call in (allocator.release, allocator.retain, allocator.free):
+        with pytest.raises(ValueError, match=r"pages must not be reserved \(0..1\), got page 1"):
+            call([2, 1])
+    assert allocator.owner_counts().tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("num_reserved, message", [(-1, "at least 0, got -1"), (4, r"below 4 \(num_pages\), got 4")])
+def test_number_of_reserved_pages_is_checked(num_reserved, message):
+    with pytest.raises(ValueError, match=f"num_reserved must be {message}"):
+        PageAllocator(4, num_reserved)
+
+
+def test_runs_of_free_pages():
+    allocator = PageAllocator(10)
+    assert allocator.free_runs() == (1, 10)
+    allocator.allocate(10)
+    assert allocator.free_runs() == (0, 0)
+    allocator.free([0, 4, 5, 6, 8, 9])
+    assert allocator.free_runs() == (3, 3)
+
+
+def test_sorted_free_pages_come_out_in_the_order_of_ids():
+    allocator = PageAllocator(6)
+    allocator.allocate(6)
+    allocator.free([5, 0, 3])
+    allocator.sort_free()
+    assert allocator.allocate(3).tolist() == [0, 3, 5]
+
+
+def test_extra_owners_are_counted():
+    allocator = PageAllocator(4)
+    pages = allocator.allocate(3)
+    allocator.retain(pages[:2])
+    allocator.retain(pages[:1])
+    assert allocator.num_extra_owners == 3
+    allocator.release(pages)
+    assert allocator.num_extra_owners == 1
+    allocator.release(pages[:1])
+    assert allocator.num_extra_owners == 0
+
+
+def test_release_of_distinct_pages_refuses_a_free_one_too():
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(2)
+    with pytest.raises(ValueError, match="must have an owner, got page 2, which is free"):
+        allocator.release_distinct(np.array([0, 2], np.int32))
+    assert allocator.release_distinct(pages).tolist() == [0, 1]

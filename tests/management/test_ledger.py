@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pagedkv import OutOfPagesError, RadixCache
+from pagedkv import KVCacheManager, OutOfPagesError, RadixCache, check_integrity
 from pagedkv.management.ledger import PageLedger
 
 
@@ -57,16 +57,63 @@ def test_lock_is_free_after_an_error_inside():
     ledger.lock.release()
 
 
-def test_copies_without_a_pool_are_kept_in_order():
+def test_copies_without_a_pool_hold_their_source_until_they_are_taken():
     ledger = make_ledger(num_cached=0)
-    ledger.copy_page(0, 3)
-    ledger.copy_page(4, 1)
-    assert ledger.pending_copies == [(0, 3), (4, 1)]
+    pages = ledger.allocator.allocate(3)
+    ledger.copy_pages([(0, 1), (0, 2)])
     assert ledger.counters.copied_pages == 2
+    assert not ledger.is_shared(0)
+    ledger.allocator.release(pages[:1])
+    assert ledger.allocator.allocate(3).tolist() == [3, 4, 5]
+    assert ledger.take_copies() == [(0, 1), (0, 2)]
+    assert ledger.allocator.allocate(1).tolist() == [0]
+    assert ledger.take_copies() == []
 
 
-def test_named_pages_are_owners_less_the_cache():
+def test_pages_kept_free_are_left_and_count_as_pinned():
+    ledger = make_ledger(num_cached=3)
+    assert ledger.can_obtain(4, num_kept_free=2)
+    assert not ledger.can_obtain(5, num_kept_free=2)
+    with pytest.raises(OutOfPagesError, match="cannot allocate 5 pages: 1 free, 3 evictable, 2 pinned by 0 sequences"):
+        ledger.obtain(5, num_kept_free=2)
+    assert ledger.obtain(4, num_kept_free=2).tolist() == [2, 3, 4, 5]
+    assert ledger.can_obtain(0, num_kept_free=2)
+
+
+def test_pages_handed_over_have_one_owner():
+    ledger = make_ledger(num_cached=0)
+    pages = ledger.allocator.allocate(3)
+    ledger.allocator.retain(pages[:2])
+    ledger.copy_pages([(1, 2)])
+    ledger.hand_over(pages)
+    assert ledger.allocator.owner_counts_of(pages).tolist() == [1, 2, 1]
+
+
+def test_fullest_cache_is_evicted_first():
     ledger = make_ledger(num_cached=2)
-    ledger.allocator.retain([1])
-    ledger.allocator.allocate(1)
-    assert ledger.num_named().tolist() == [0, 1, 1, 0, 0, 0]
+    other = RadixCache(2)
+    ledger.limited["other"] = other, 9
+    other.insert(np.arange(6), ledger.allocator.allocate(3))
+    assert (ledger.num_evictable, ledger.evict(2)) == (5, 2)
+    assert (ledger.cache.num_cached_pages, other.num_cached_pages) == (2, 1)
+    assert ledger.evict(9) == 3
+    assert ledger.allocator.num_free == 6
+
+
+def test_a_page_that_is_yet_to_be_copied_from_is_no_room():
+    manager = KVCacheManager(4, page_size=2)
+    first = manager.open([1, 2])
+    first.append(2)
+    first.commit([1, 2])
+    first.truncate(1)
+    first.append(1)  # the page is the prefix cache's: it is copied, later
+    second = manager.open([9])
+    assert (manager.num_free_pages, manager.num_evictable_pages) == (2, 1)
+    assert not second.can_append(6)
+    assert second.try_append(6) is None
+    with pytest.raises(OutOfPagesError, match="pages"):
+        second.append(6)
+    assert (manager.num_free_pages, manager.num_evictable_pages) == (2, 1)
+    assert [pages.tolist() for pages in manager.take_copies()] == [[0], [1]]
+    assert second.append(6).shape == (6,)
+    check_integrity(manager)

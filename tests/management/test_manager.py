@@ -247,3 +247,51 @@ def test_threads_share_a_manager():
     assert not problems
     check_integrity(manager)
     assert manager.stats().owned == 0
+
+
+def test_threads_take_steps_swap_and_pin():
+    """As above, with steps over several sequences, swaps, drops and pins among the calls."""
+
+    class Tier:
+        def save(self, pages):
+            return pages
+
+        def load(self, ticket, pages):
+            pass
+
+        def drop(self, ticket):
+            pass
+
+    manager = KVCacheManager(64, page_size=2, tier=Tier(), watermark=2)
+    problems = []
+
+    def work(number):
+        rng = random.Random(number)
+        try:
+            for _ in range(60):
+                seqs = [manager.open([rng.randrange(2)] * rng.randrange(5), window=rng.choice([None, 3])) for _ in "ab"]
+                try:
+                    step = manager.batch(seqs, rng.randrange(1, 4))
+                    manager.commit(seqs, [number] * 2)
+                    if len({*step.slot_mapping.tolist()}) != step.num_tokens:
+                        problems.append("a slot was given twice")
+                    with manager.pin([rng.randrange(2)] * 4):
+                        manager.swap_out(seqs[0])
+                        manager.drop(seqs[1])
+                        for seq in seqs:
+                            manager.swap_in(seq)
+                except OutOfPagesError:
+                    pass
+                for seq in seqs:
+                    seq.close()
+        except Exception as error:  # noqa: BLE001 - a thread's error must reach the test
+            problems.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not problems
+    check_integrity(manager)
+    assert (manager.stats().owned, manager.stats().num_sequences) == (0, 0)

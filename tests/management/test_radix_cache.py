@@ -1,8 +1,24 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from pagedkv import RadixCache
+from pagedkv import BackendUnavailableError, RadixCache
+from pagedkv.management.eviction import LRUPolicy
+
+BOTH_CORES = ["python", pytest.param("native", marks=pytest.mark.native)]
+
+
+@pytest.fixture(autouse=True, params=BOTH_CORES)
+def core(request, monkeypatch):
+    """The core that a cache of these tests has."""
+    if request.param == "python":
+        monkeypatch.setenv("PAGEDKV_NATIVE", "0")
+    else:
+        monkeypatch.delenv("PAGEDKV_NATIVE", raising=False)
+    assert RadixCache(1).core == request.param
+    return request.param
 
 
 def filled(page_size=2, **options):
@@ -169,6 +185,39 @@ def test_unlock_counts_as_a_use():
     assert cache.evict(1).tolist() == [1]
 
 
+def test_lock_protects_the_node_that_is_named():
+    """Not only those above it."""
+    cache = RadixCache(1)
+    handle = cache.insert([1, 2], [0, 1]).handle
+    cache.lock(handle)
+    assert (cache.num_evictable_pages, cache.evict(5).tolist()) == (0, [])
+
+
+def test_split_passes_the_locks_on():
+    """Locked before a split of its run by a match, an insert and an ancestor; unlocked after."""
+    cache = RadixCache(1)
+    handle = cache.insert(range(8), range(8)).handle
+    for _ in range(3):
+        cache.lock(handle)
+    cache.match([0, 1, 2, 3, 4, 5, 99])
+    cache.insert([0, 1, 2, 3, 98], [10, 11, 12, 13, 14])
+    cache.ancestor(handle, 2)
+    assert [node.locks for node in cache.nodes() if 7 in node.pages or 0 in node.pages] == [3, 3]
+    for left in (2, 1, 0):
+        assert cache.evict(99).tolist() == ([14] if left == 2 else [])
+        cache.unlock(handle)
+    assert cache.evict(99).tolist() == [6, 7, 4, 5, 2, 3, 0, 1]
+    cache.sanity_check()
+
+
+def test_namespaces_do_not_collide_by_concatenation():
+    cache = RadixCache(1)
+    namespaces = [("a", "bc"), ("ab", "c"), "abc", b"abc", ("abc",), (("a",), "bc"), (1, "2"), (12,), "12", 12]
+    for page, namespace in enumerate(namespaces):
+        assert cache.insert([7], [page], namespace).num_cached == 0
+    assert [lookup(cache, [7], namespace) for namespace in namespaces] == [[page] for page in range(len(namespaces))]
+
+
 def test_namespaces_do_not_see_each_other():
     cache = RadixCache(1)
     namespaces = [None, "", 0, False, 1, True, b"", b"a", "a", "ab", ("a", "b"), ("ab",), (None,), (0,), (False,), ()]
@@ -291,33 +340,56 @@ def test_short_prefix_does_not_keep_a_long_run_in_memory():
     cache.match([*range(10), 0])
     cache.evict(length - 10)
     assert cache.num_cached_pages == 10
-    assert sum(node.num_bytes for node in cache.nodes()) < 10_000
+    # A bit for each page id ever seen remains.
+    assert cache.num_bytes < 30_000
     cache.insert(np.arange(length), np.arange(length))
     cache.evict(length - 10)
-    assert sum(node.num_bytes for node in cache.nodes()) < 10_000
+    assert cache.num_bytes < 30_000
 
 
-def test_evict_does_not_walk_the_tree(monkeypatch):
-    """Twice the leaves, the same number of looks at nodes."""
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_memory_is_that_of_the_ids(core, page_size):
+    """Of the native core; Python keeps 64 bits a token."""
+    cache = RadixCache(page_size)
+    rng = np.random.default_rng(0)
+    num_tokens, pages = 0, 0
+    handle = None
+    for turn in range(200):
+        ids = rng.integers(0, 2**17, 2048, np.int32)
+        new = np.arange(pages, pages + 2048 // page_size, dtype=np.int32)
+        pages += len(new)
+        if turn % 4 == 0:
+            handle = cache.insert(ids, new).handle
+        else:
+            cache.lock(handle)
+            longer = cache.extend(handle, ids, new).handle
+            cache.unlock(handle)
+            handle = longer
+        num_tokens += 2048
+    most = 1.2 if core == "native" else 4
+    assert cache.num_bytes < most * 4 * (num_tokens + pages)
+
+
+class CountingLRU(LRUPolicy):
+    looks = 0
+
+    def priority(self, run):
+        self.looks += 1
+        return super().priority(run)
+
+
+def test_evict_does_not_walk_the_tree():
+    """Twice the leaves, the same number of looks at them."""
     looks = []
     for num_leaves in (200, 400):
-        cache = RadixCache(1)
+        policy = CountingLRU()
+        cache = RadixCache(1, policy)
         for leaf in range(num_leaves):
-            cache.insert([leaf], [leaf])
-        node = type(next(cache.nodes()))
-        count = 0
-        original = node.is_evictable.fget
-
-        def counted(self, original=original):
-            nonlocal count
-            count += 1
-            return original(self)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(node, "is_evictable", property(counted))
-            cache.evict(3)
-        looks.append(count)
-    assert looks[0] == looks[1] > 0
+            cache.insert([0, leaf, leaf], [0, 2 * leaf + 1, 2 * leaf + 2])
+        policy.looks = 0
+        cache.evict(7)
+        looks.append(policy.looks)
+    assert looks[0] == looks[1] < 20
 
 
 def test_long_chains_need_no_recursion():
@@ -334,3 +406,188 @@ def test_long_chains_need_no_recursion():
 def test_page_size_must_be_positive():
     with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
         RadixCache(0)
+
+
+def test_sizes_in_pages_and_tokens():
+    cache = filled()
+    cache.lock(cache.match([1, 2, 3, 4]).handle)
+    assert (cache.num_cached_pages, cache.num_evictable_pages) == (4, 2)
+    assert (cache.num_cached_tokens, cache.num_evictable_tokens) == (8, 4)
+    assert repr(cache) == (
+        f"RadixCache(page_size=2, eviction=LRUPolicy(), core='{cache.core}', num_cached_pages=4, num_evictable_pages=2)"
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 16, 255, 256])
+def test_pages_of_any_size(page_size):
+    """Runs that part ways in the last token of a page, or in the first of the next."""
+    cache = RadixCache(page_size)
+    rng = np.random.default_rng(page_size)
+    story = rng.integers(0, 50_000, 8 * page_size, np.int32)
+    cache.insert(story, range(8))
+    for position in (4 * page_size - 1, 4 * page_size, 8 * page_size - 1):
+        other = story.copy()
+        other[position] += 1
+        assert lookup(cache, other) == list(range(position // page_size))
+    cache.sanity_check()
+    assert lookup(cache, story) == list(range(8))
+
+
+class OtherTensor:
+    """A tensor of a library that is not torch or numpy."""
+
+    def __init__(self, array, device=(1, 0)):
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+def read_only(ids):
+    array = np.array(ids, np.int32)
+    array.flags.writeable = False
+    return array
+
+
+def unaligned(ids):
+    array = np.frombuffer(b"x" + np.array(ids, np.int32).tobytes(), np.int32, offset=1)
+    assert not array.flags.aligned
+    return array
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        tuple,
+        np.array,
+        lambda ids: np.array(ids, np.int32),
+        lambda ids: np.array(ids, ">i4"),
+        lambda ids: np.repeat(np.array(ids, np.int32), 2)[::2],
+        torch.tensor,
+        lambda ids: torch.tensor(ids, dtype=torch.int32),
+        lambda ids: torch.tensor(ids).repeat_interleave(2)[::2],
+        lambda ids: OtherTensor(np.array(ids, np.int32)),
+        read_only,
+        unaligned,
+    ],
+    ids="tuple int64 int32 big-endian strided torch64 torch32 torch-strided dlpack read-only unaligned".split(),  # noqa: SIM905
+)
+def test_token_ids_come_in_any_form(form):
+    cache = RadixCache(2)
+    handle = cache.insert(form([1, 2, 3, 4]), [0, 1]).handle
+    cache.extend(handle, form([5, 6, 7]), np.array([2], np.int16))
+    assert lookup(cache, form([1, 2, 3, 4, 5, 6, 9])) == [0, 1, 2]
+    assert lookup(cache, [1, 2, 3, 4, 5, 6]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        ("abc", TypeError, "token_ids must be a list of ints, a numpy array or a torch tensor, got str"),
+        ([1, -2], ValueError, "token_ids must be 0 or more, got -2 at position 1"),
+        (np.array([1, 2, -7]), ValueError, "token_ids must be 0 or more, got -7 at position 2"),
+        (np.array([[1]]), ValueError, r"token_ids must have shape \[n\], got \[1, 1\]"),
+        (np.array(1), ValueError, r"token_ids must have shape \[n\], got \[\]"),
+        (np.array([1.0]), TypeError, "token_ids must have dtype int32 or int64, got float64"),
+        (torch.tensor([1], dtype=torch.uint8), TypeError, "token_ids must have dtype int32 or int64, got uint8"),
+        (torch.tensor([1], device="meta"), ValueError, "token_ids must be on the CPU, got meta"),
+        (OtherTensor(np.array([1]), (2, 0)), ValueError, "token_ids must be on the CPU, got a OtherTensor"),
+    ],
+)
+def test_wrong_token_ids_are_refused_by_every_call(given, error, message):
+    cache = filled()
+    handle = cache.match([1, 2]).handle
+    calls = [
+        lambda: cache.match(given),
+        lambda: cache.match(given, "unknown"),
+        lambda: cache.insert(given, [30]),
+        lambda: cache.insert(given, [30], "unknown"),
+        lambda: cache.extend(handle, given, [30]),
+    ]
+    for call in calls:
+        with pytest.raises(error, match=message):
+            call()
+    assert cache.num_cached_pages == 4
+    cache.sanity_check()
+
+
+def test_ids_beyond_32_bits_lie_beside_others():
+    cache = RadixCache(1)
+    big = 2**31
+    handle = cache.insert(np.array([1, 2], np.int32), [0, 1]).handle
+    cache.lock(handle)
+    longer = cache.extend(handle, [big, big + 1, 3], [2, 3, 4]).handle
+    assert lookup(cache, [1, 2, big, big + 1, 3]) == [0, 1, 2, 3, 4]
+    assert lookup(cache, [1, 2, big, 2**40]) == [0, 1, 2]
+    # The same lower 32 bits are not the same id.
+    assert lookup(cache, [1 + 2**32, 2]) == []
+    assert cache.insert([2**62, 5, 6], [7, 8, 9]).num_cached == 0
+    assert lookup(cache, [2**62, 5, 7]) == [7, 8]
+    assert cache.locked_tokens(longer, 1).tolist() == [2, big, big + 1, 3]
+    cache.sanity_check()
+
+
+@pytest.mark.parametrize(
+    "priority, error, message",
+    [
+        (0.5, TypeError, "priority must be an int, got float"),
+        (True, TypeError, "priority must be an int, got bool"),
+        (2**31, ValueError, r"priority must be below 2\*\*31, got 2147483648"),
+        (-(2**40), ValueError, "priority must be at least -2147483648, got -1099511627776"),
+    ],
+)
+def test_wrong_priority_is_refused(priority, error, message):
+    cache = filled()
+    handle = cache.match([1, 2]).handle
+    for call in (
+        lambda: cache.insert([9, 9], [30], priority=priority),
+        lambda: cache.extend(handle, [9], [], priority=priority),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert cache.insert([9, 9], [30], priority=-(2**31)).num_cached == 0
+
+
+def test_core_by_name(core):
+    assert RadixCache(1, core="python").core == "python"
+    with pytest.raises(ValueError, match="core must be 'auto', 'native', 'python', got 'rust'"):
+        RadixCache(1, core="rust")
+    if core == "python":
+        with pytest.raises(BackendUnavailableError, match="core 'native' cannot load: PAGEDKV_NATIVE is 0"):
+            RadixCache(1, core="native")
+
+
+def test_handle_of_a_place_that_others_took_is_refused():
+    """The number of a node is used again; an old handle of it means nothing."""
+    cache = RadixCache(1)
+    old = cache.insert([1], [0]).handle
+    cache.evict(1)
+    for number in range(5):
+        cache.lock(cache.insert([number + 2], [number]).handle)
+    for call in (cache.lock, cache.unlock, lambda handle: cache.extend(handle, [1], [9])):
+        with pytest.raises(ValueError, match="handle must"):
+            call(old)
+    assert cache.num_evictable_pages == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_a_cache_is_not_copied(duplicate):
+    with pytest.raises(TypeError, match="a RadixCache must not be copied or pickled"):
+        duplicate(RadixCache(1))
+
+
+def test_what_an_insert_refuses_leaves_no_trace():
+    """Neither a split nor a use of what it would have followed."""
+    cache = RadixCache(1)
+    cache.insert([1, 2, 3], [0, 1, 2])
+    cache.insert([4], [3])
+    before = [(node.pages.tolist(), node.last_access) for node in cache.nodes()]
+    with pytest.raises(ValueError, match="pages must not be in the cache yet, got page 3"):
+        cache.insert([1, 2, 9], [7, 8, 3])
+    with pytest.raises(ValueError, match="pages must not be in the cache yet, got page 3"):
+        cache.insert([5], [3], "unknown")
+    assert before == [(node.pages.tolist(), node.last_access) for node in cache.nodes()]
+    assert cache.evict(3).tolist() == [0, 1, 2]

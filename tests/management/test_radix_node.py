@@ -13,12 +13,12 @@ def make_node(num_pages=4, page_size=2):
 
 def test_split_keeps_the_end_and_files_both_parts_anew():
     root, node = make_node()
-    node.locks, node.anchors, node.num_hits, node.last_access = 2, 1, 5, 9
+    node.locks, node.anchors, node.num_hits, node.last_access, node.priority = 2, 1, 5, 9, 3
     prefix = node.split(1)
     assert (prefix.tokens.tolist(), prefix.pages.tolist()) == ([0, 1], [10])
     assert (node.tokens.tolist(), node.pages.tolist()) == ([2, 3, 4, 5, 6, 7], [11, 12, 13])
     assert (prefix.locks, prefix.anchors, prefix.num_hits, prefix.last_access, prefix.created) == (2, 0, 5, 9, 3)
-    assert (node.locks, node.anchors, node.version) == (2, 1, 0)
+    assert (node.locks, node.anchors, node.version, prefix.priority) == (2, 1, 0, 3)
     assert root.children == {np.array([0, 1]).tobytes(): prefix}
     assert prefix.children == {np.array([2, 3]).tobytes(): node}
     assert (prefix.parent, node.parent) == (root, prefix)

@@ -386,3 +386,59 @@ def test_copies_of_copies_are_taken_from_the_first_source():
     third.append(1)
     src, dst = manager.take_copies()
     assert (src.tolist(), dst.tolist()) == ([0, 0], [second.page_ids[0], third.page_ids[0]])
+
+
+def test_append_after_fork_on_a_full_page_takes_a_new_page_each():
+    manager = make_manager()
+    seq = opened(manager, [1, 2, 3, 4])
+    child = seq.fork()
+    assert (child.append(1).tolist(), seq.append(1).tolist()) == ([4], [8])
+    assert manager.stats().copied_pages == 0
+    child.commit([5])
+    seq.commit([6])
+    assert (child.page_ids, seq.page_ids) == ((0, 1), (0, 2))
+
+
+def test_abort_and_finish_in_one_step_free_once():
+    manager = make_manager()
+    seq = opened(manager, [1, 2, 3, 4, 5])
+    other = seq.fork()
+    for _ in range(2):
+        seq.close()
+        seq.close()
+    assert manager.open([]).append(4).tolist() == [8, 9, 10, 11]
+    assert other.page_ids == (0, 1)
+    assert [seq.num_tokens, seq.num_committed, seq.token_ids] == [5, 5, ()]
+
+
+def test_source_of_a_copy_is_not_given_away_before_it_is_taken():
+    manager = make_manager(num_pages=3)
+    seq = opened(manager, [1, 2])
+    child = seq.fork()
+    child.append(1)
+    seq.close()
+    assert manager.open([]).append(4).tolist() == [8, 9, 10, 11]
+    with pytest.raises(OutOfPagesError, match="cannot allocate 1 page: 0 free, 0 evictable"):
+        manager.open([]).append(1)
+    assert [pages.tolist() for pages in manager.take_copies()] == [[0], [1]]
+    assert manager.open([]).append(1).tolist() == [0]
+
+
+def test_publishing_leaves_one_owner_to_pages_of_forks():
+    manager = make_manager()
+    seq = manager.open([])
+    seq.append(8)
+    forks = [seq.fork() for _ in range(3)]
+    assert manager.ledger.allocator.num_owners(0) == 4
+    forks[1].commit([1] * 8)
+    assert manager.ledger.allocator.num_owners(0) == 1
+    for one in (seq, *forks):
+        one.close()
+    assert manager.num_evictable_pages == 2
+
+
+def test_open_of_a_long_prompt_takes_no_pages():
+    manager = make_manager()
+    with manager.open(range(1000)) as seq:
+        assert (seq.num_tokens, seq.page_ids, repr(seq)) == (0, (), "Sequence(0 tokens, 0 committed, 0 pages)")
+    assert repr(seq) == "Sequence(0 tokens, 0 committed, closed)"

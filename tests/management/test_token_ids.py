@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pagedkv.management.token_ids import as_token_ids
+from pagedkv.management.token_ids import as_plain_token_array, as_token_array, as_token_ids
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,41 @@ def test_wrong_types_are_refused(given, message):
 def test_wrong_values_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         as_token_ids("token_ids", given)
+
+
+class OtherTensor:
+    """A tensor of a library that is not torch or numpy."""
+
+    def __init__(self, array, device=(1, 0)):
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+def test_tensors_of_other_libraries_are_taken():
+    array = np.array([1, 2], np.int32)
+    assert as_token_ids("token_ids", OtherTensor(array)).tolist() == [1, 2]
+    assert np.shares_memory(as_token_array("token_ids", OtherTensor(array)), array)
+    with pytest.raises(ValueError, match="token_ids must be on the CPU, got a OtherTensor on another device"):
+        as_token_ids("token_ids", OtherTensor(array, (2, 0)))
+    with pytest.raises(TypeError, match="token_ids must have dtype int32 or int64, got float32"):
+        as_token_ids("token_ids", OtherTensor(np.zeros(1, np.float32)))
+    with pytest.raises(TypeError, match="token_ids must have dtype int32 or int64, got a OtherTensor: "):
+        as_token_ids("token_ids", OtherTensor(np.array([1], ">i4")))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_plain_arrays_are_not_copied(dtype):
+    array = np.array([1, 2], dtype)
+    assert np.shares_memory(as_plain_token_array("token_ids", array), array)
+    array.flags.writeable = False
+    copied = as_plain_token_array("token_ids", array)
+    assert copied.flags.writeable
+    assert copied.dtype == dtype
+    swapped = as_plain_token_array("token_ids", np.array([1, 2], np.dtype(dtype).newbyteorder()))
+    assert swapped.dtype.isnative
+    assert swapped.tolist() == [1, 2]

@@ -10,7 +10,13 @@ __all__ = [
     "CachedRun",
     "EvictionPolicy",
     "EvictionQueue",
+    "FIFOPolicy",
+    "FILOPolicy",
+    "LFUPolicy",
     "LRUPolicy",
+    "MRUPolicy",
+    "PriorityPolicy",
+    "SLRUPolicy",
     "eviction_policies",
     "make_eviction_policy",
     "register_eviction_policy",
@@ -37,33 +43,100 @@ class CachedRun(Protocol):
         """How many matches ran through it."""
 
     @property
+    def priority(self) -> int:
+        """The highest `priority` that an insert of it, or of a run that continues it, was given."""
+
+    @property
     def is_evictable(self) -> bool:
         """True while it is in the cache, nothing is locked and nothing continues it."""
 
 
 class EvictionPolicy(Protocol):
-    """Orders runs by priority; the least is evicted first. Ties go to the run that became evictable first.
+    """Orders runs; the least is evicted first. Ties go to the run that became evictable first.
 
-    The priority of a run may change only when the run is matched, inserted, locked or unlocked: it is a function of the
-    run alone, never of the clock.
+    The order of a run may change only when the run is matched, inserted, locked, unlocked, split or shortened: it is a
+    function of the run alone, never of the clock. It must not raise, and not call the cache.
     """
 
     def priority(self, run: CachedRun) -> tuple[float, ...]:
         """The rank of `run`, as a tuple of the same length for every run."""
 
 
-class LRUPolicy:
+class _Policy:
+    """What the policies of this file have in common: no state, and a name to show."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class LRUPolicy(_Policy):
     """The run that was not used for the longest time goes first."""
 
     def priority(self, run: CachedRun) -> tuple[float, ...]:
         """Its last access."""
         return (run.last_access,)
 
-    def __repr__(self) -> str:
-        return "LRUPolicy()"
+
+class LFUPolicy(_Policy):
+    """The run that was hit least often goes first, of equally many the one not used for longer."""
+
+    def priority(self, run: CachedRun) -> tuple[float, ...]:
+        """Its hits, then its last access."""
+        return (run.num_hits, run.last_access)
 
 
-_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRUPolicy}
+class FIFOPolicy(_Policy):
+    """The run that came first goes first, used or not."""
+
+    def priority(self, run: CachedRun) -> tuple[float, ...]:
+        """When it came."""
+        return (run.created,)
+
+
+class MRUPolicy(_Policy):
+    """The run that was used last goes first: for scans longer than the cache."""
+
+    def priority(self, run: CachedRun) -> tuple[float, ...]:
+        """Its last access, the latest first."""
+        return (-run.last_access,)
+
+
+class FILOPolicy(_Policy):
+    """The run that came last goes first, used or not."""
+
+    def priority(self, run: CachedRun) -> tuple[float, ...]:
+        """When it came, the latest first."""
+        return (-run.created,)
+
+
+class SLRUPolicy(_Policy):
+    """Segmented LRU: runs that were never hit go before those that were, both in the order of LRU.
+
+    A flood of prompts that nobody repeats displaces nothing that was ever of use. Runs stay in their segment.
+    """
+
+    def priority(self, run: CachedRun) -> tuple[float, ...]:
+        """Whether it was hit, then its last access."""
+        return (run.num_hits > 0, run.last_access)
+
+
+class PriorityPolicy(_Policy):
+    """The run of the lowest `priority=` goes first, of equal ones the one not used for longer."""
+
+    def priority(self, run: CachedRun) -> tuple[float, ...]:
+        """Its priority, then its last access."""
+        return (run.priority, run.last_access)
+
+
+_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
+    "fifo": FIFOPolicy,
+    "filo": FILOPolicy,
+    "lfu": LFUPolicy,
+    "lru": LRUPolicy,
+    "mru": MRUPolicy,
+    "priority": PriorityPolicy,
+    "slru": SLRUPolicy,
+}
 
 
 def eviction_policies() -> tuple[str, ...]:
@@ -91,7 +164,7 @@ def make_eviction_policy(eviction: str | EvictionPolicy) -> EvictionPolicy:
 
 
 class _Queued(CachedRun, Protocol):
-    """What the queue keeps on a run: the serial number and the priority of its entry, None when it has none."""
+    """What the queue keeps on a run: the serial number and the rank of its entry; no serial number, no entry."""
 
     queued_serial: int | None
     queued_priority: tuple[float, ...]
@@ -101,64 +174,77 @@ Run = TypeVar("Run", bound=_Queued)
 
 
 class EvictionQueue(Generic[Run]):
-    """The evictable runs by priority, brought up to date only when asked.
+    """The evictable runs in the order of a policy.
 
-    A run has at most one live entry. Its priority may have risen and the run may have been locked since: `pop` looks
-    again, so neither costs anything when it happens. The tree is never walked.
+    A run keeps its serial number, by which ties are broken, until it is not evictable any more. An entry whose run has
+    another rank by now, or none, stays in the heap until it comes up or there are as many of those as of others.
+
+    Cost: a heap operation a call, on average. The tree is never walked.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
-        self._heap: list[tuple[tuple[float, ...], int, Run]] = []
-        self._next_serial = 0
-        self._num_stale = 0
+        # The rank, the serial number, a number that no two entries share, and the run.
+        self._heap: list[tuple[tuple[float, ...], int, int, Run]] = []
+        self._num_live = 0
+        self._next_serial = self._next_entry = 0
 
     def offer(self, run: Run) -> None:
-        """Tells that `run` may have become evictable, or that its priority may have fallen."""
+        """Puts `run` where its rank belongs, or takes it out when it is not evictable."""
         if not run.is_evictable:
+            self._withdraw(run)
             return
         priority = self.policy.priority(run)
         if run.queued_serial is None:
-            self._push(run, priority)
-        elif priority < run.queued_priority:
-            self._num_stale += 1
-            self._push(run, priority)
-            if 2 * self._num_stale > len(self._heap) + 64:
-                self._drop_stale()
+            run.queued_serial = self._next_serial
+            self._next_serial += 1
+            self._num_live += 1
+        elif priority == run.queued_priority:
+            return
+        run.queued_priority = priority
+        heapq.heappush(self._heap, (priority, run.queued_serial, self._next_entry, run))
+        self._next_entry += 1
+        if len(self._heap) > 2 * self._num_live + 64:
+            # One a run, even when its rank went to and fro.
+            self._heap = list({entry[1]: entry for entry in self._heap if self._is_live(entry)}.values())
+            heapq.heapify(self._heap)
+
+    def first(self) -> Run | None:
+        """The evictable run of least rank, or None. Looks again at runs that changed and were not offered since."""
+        while self._heap:
+            entry = self._heap[0]
+            run = entry[3]
+            is_live = self._is_live(entry)
+            if is_live and run.is_evictable and self.policy.priority(run) == entry[0]:
+                return run
+            heapq.heappop(self._heap)
+            if is_live:
+                self.offer(run)
+        return None
 
     def pop(self) -> Run | None:
-        """Takes the evictable run of least priority out of the queue, or None."""
-        while self._heap:
-            priority, serial, run = heapq.heappop(self._heap)
-            if run.queued_serial != serial:
-                self._num_stale -= 1
-                continue
-            run.queued_serial = None
-            if not run.is_evictable:
-                continue
-            current = self.policy.priority(run)
-            if current > priority:
-                self._push(run, current)
-                continue
-            return run
-        return None
+        """Takes the evictable run of least rank out of the queue, or None."""
+        run = self.first()
+        if run is not None:
+            self._withdraw(run)
+        return run
 
     def clear(self) -> None:
         """Forgets every entry."""
-        for _, _, run in self._heap:
+        for *_, run in self._heap:
             run.queued_serial = None
         self._heap.clear()
-        self._num_stale = 0
+        self._num_live = 0
 
-    def _push(self, run: Run, priority: tuple[float, ...]) -> None:
-        run.queued_serial, run.queued_priority = self._next_serial, priority
-        heapq.heappush(self._heap, (priority, self._next_serial, run))
-        self._next_serial += 1
+    def _withdraw(self, run: Run) -> None:
+        if run.queued_serial is not None:
+            run.queued_serial = None
+            self._num_live -= 1
 
-    def _drop_stale(self) -> None:
-        self._heap = [entry for entry in self._heap if entry[2].queued_serial == entry[1]]
-        heapq.heapify(self._heap)
-        self._num_stale = 0
+    @staticmethod
+    def _is_live(entry: tuple[tuple[float, ...], int, int, Run]) -> bool:
+        return entry[3].queued_serial == entry[1] and entry[3].queued_priority == entry[0]
 
     def __len__(self) -> int:
+        """Entries, those included that mean nothing any more."""
         return len(self._heap)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..shapes import check_int
 from ..storage import PageTable
+from .allocator import PageArray
+from .draw import draw
+from .events import CacheEvent
 from .eviction import EvictionPolicy
 from .integrity import check_integrity
 from .ledger import PageLedger, PagePool
-from .radix_cache import Namespace, RadixCache, namespace_key
-from .sequence import Sequence
-from .stats import ManagerStats
-from .token_ids import TokenIds, as_token_ids
+from .manager_options import namespace_caches, num_pages_kept_free, pool_and_sizes, prefix_cache_of
+from .pinned import PinnedPrefix
+from .prefix_cache import Namespace, PrefixCache, namespace_key
+from .sequence import Sequence, SwapTier
+from .stats import ManagerStats, count_pages
+from .step_batch import BookedTable, StepBatch
+from .step_planner import StepPlanner
+from .swap import drop_pages, swap_in, swap_out
+from .token_ids import TokenIds, as_token_array, as_token_ids
 
 __all__ = ["KVCacheManager"]
 
@@ -26,10 +36,19 @@ class KVCacheManager:
     pool_or_num_pages: a pool, whose page size and device are taken over and in which pages are copied on write; or a
                   number of pages, for a caller that keeps the bytes: it gives page_size, and does the copies of
                   `take_copies` itself.
-    prefix_cache: keep full pages after their sequence closed, until room is needed; without it `open` finds nothing.
+    prefix_cache: keep full pages after their sequence closed, until room is needed: True or "radix" for a tree of runs,
+                  "hashed" for a table of pages by hash, or a cache of the caller's. False: `open` finds nothing.
     eviction:     which cached pages go first, a name or a policy (see management/eviction.py).
+    watermark:    pages, or a part of them, that no sequence may take for its first slots, so that running ones find
+                  room to grow. A prompt that does not fit beside the watermark is never admitted.
+    num_reserved_pages: pages 0..n-1 are nobody's, for padded rows and unused entries (see PageAllocator).
+    namespace_limits: the pages that a namespace may have cached at most, by namespace. It has a cache of its own then
+                  (prefix_cache is True or a name), in which its oldest pages make room for its new ones.
+    tier:         where `swap_out` puts pages, for example a HostPageStore.
+    events:       note what the prefix caches store and remove, for `take_events`.
     debug:        run `check_integrity` at the end of every public call, of sequences too.
-    Owns:   every page of the pool is free, owned (named by a live sequence) or cached (held by the prefix cache alone).
+    Owns:   every page of the pool is free, owned (named by a live sequence), cached (held by the prefix cache alone) or
+            reserved.
     Threads: any; one re-entrant lock for the manager and all its sequences. A sequence is usually driven by one thread.
 
     >>> manager = KVCacheManager(10, page_size=4)
@@ -45,15 +64,25 @@ class KVCacheManager:
         self,
         pool_or_num_pages: PagePool | int,
         page_size: int | None = None,
-        prefix_cache: bool = True,
+        prefix_cache: bool | str | PrefixCache = True,
         eviction: str | EvictionPolicy = "lru",
         *,
+        watermark: int | float = 0,
+        num_reserved_pages: int = 0,
+        namespace_limits: Mapping[Namespace, int] | None = None,
+        tier: SwapTier | None = None,
+        events: bool = False,
         debug: bool = False,
     ) -> None:
-        pool, num_pages, page_size = _pool_and_sizes(pool_or_num_pages, page_size)
-        cache = RadixCache(page_size, eviction) if prefix_cache else None
+        pool, num_pages, page_size = pool_and_sizes(pool_or_num_pages, page_size)
+        cache = prefix_cache_of(prefix_cache, page_size, eviction, events)
+        kept_free = num_pages_kept_free(watermark, num_pages)
+        limited = namespace_caches(namespace_limits or {}, prefix_cache, page_size, eviction, events)
         self._pool = pool
-        self._ledger = PageLedger(num_pages, page_size, pool, cache)
+        self._tier = tier
+        self._ledger = PageLedger(num_pages, page_size, pool, cache, num_reserved_pages, kept_free)
+        self._ledger.limited = limited
+        self._planner = StepPlanner(self._ledger, lambda seqs: self._check_on_pages("seqs", seqs, "a step"))
         if debug:
             self._ledger.verify = lambda: check_integrity(self)
 
@@ -87,45 +116,130 @@ class KVCacheManager:
         """The books, for inspection; `check_integrity` reads them."""
         return self._ledger
 
-    def open(self, token_ids: TokenIds, namespace: Namespace = None) -> Sequence:
+    def open(
+        self, token_ids: TokenIds, namespace: Namespace = None, *, window: int | None = None, priority: int = 0
+    ) -> Sequence:
         """A sequence that begins with the longest cached prefix of `token_ids`, in whole pages; they are locked.
 
         The ids beyond `seq.num_cached_tokens` are not remembered: append, write and commit them. All of `token_ids` may
         be cached: an engine that needs the logits of the last token opens with `prompt[:-1]`.
+
+        window:   how many tokens each token sees, itself included; pages that are behind it are given back.
+        priority: what it publishes is evicted after what has a lower one, where the policy is "priority".
         """
-        ids = as_token_ids("token_ids", token_ids)
+        check_int("priority", priority, minimum=-(2**31))
+        ids = as_token_array("token_ids", token_ids)
         namespace_key(namespace)
+        if window is not None:
+            check_int("window", window, minimum=1)
         ledger = self._ledger
         with ledger:
-            if ledger.cache is None:
-                return Sequence(ledger, namespace, ids[:0], np.empty(0, np.int32), None)
-            match = ledger.cache.match(ids, namespace)
-            ledger.counters.lookups += 1
-            ledger.counters.asked_tokens += ids.shape[0]
-            ledger.counters.hit_tokens += match.num_tokens
-            if not match.num_tokens:
-                return Sequence(ledger, namespace, ids[:0], match.pages, None)
-            ledger.cache.lock(match.handle)
-            ledger.allocator.retain(match.pages)
-            return Sequence(ledger, namespace, ids[: match.num_tokens], match.pages, match.handle)
+            cache, _ = ledger.cache_of(namespace)
+            num_found, pages, handle = ledger.look_up(cache, ids, namespace)
+            seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, ids.shape[0])
+            seq._priority = priority
+            return seq
 
     def can_append(self, num_tokens: int) -> bool:
         """True when a new sequence that finds nothing in the cache could append `num_tokens` now."""
         check_int("num_tokens", num_tokens, minimum=1)
+        with self._ledger as ledger:
+            return ledger.can_obtain(-(-num_tokens // self.page_size), ledger.num_kept_free)
+
+    def batch(self, seqs: Iterable[Sequence], num_tokens: int | TokenIds = 1) -> StepBatch:
+        """Reserves the next tokens of all `seqs`, and gives what the step needs as tensors on the pool's device.
+
+        num_tokens: new tokens of each sequence, at least 1: one number for all, or one a sequence.
+        When:   before the keys and values of the step are written; commit afterwards. Partly filled last pages that
+                others have too are replaced by copies first, in one call of the pool's; without a pool the caller
+                copies them, see `take_copies`.
+        Cost:   made for the same sequences step after step: only what changed is looked at.
+        Raises: OutOfPagesError when free and evictable pages together are too few for all; nothing has changed then.
+        """
+        rows, counts = self._checked_batch(seqs, num_tokens)
         with self._ledger:
-            return self._ledger.can_obtain(-(-num_tokens // self.page_size))
+            return self._planner.reserve(rows, counts)
+
+    def can_batch(self, seqs: Iterable[Sequence], num_tokens: int | TokenIds = 1) -> bool:
+        """True when `batch` with the same arguments would find its pages now."""
+        rows, counts = self._checked_batch(seqs, num_tokens)
+        with self._ledger:
+            return self._planner.fits(rows, counts)
+
+    def commit(self, seqs: Iterable[Sequence], token_ids: TokenIds) -> None:
+        """Names one reserved token of each sequence, as `Sequence.commit` does: what a step of decoding sampled.
+
+        Shapes: token_ids [S].
+        Cost:   numpy calls over the sequences; a Python step for each that has filled a page.
+        Raises: ValueError when a sequence has no reserved token without an id; nothing has changed then. Forks that
+                name different tokens for a page they share are refused too, after those before them are committed.
+        """
+        rows = seqs if isinstance(seqs, list) else list(seqs)
+        ids = as_token_array("token_ids", token_ids)
+        if ids.shape[0] != len(rows):
+            raise ValueError(f"token_ids must have shape [S] with S = {len(rows)} (set by seqs), got [{ids.shape[0]}].")
+        with self._ledger:
+            self._planner.commit(rows, ids)
 
     def page_table(self, seqs: Iterable[Sequence]) -> PageTable:
         """The page table of a batch, reserved tokens included, on the pool's device."""
         with self._ledger as ledger:
-            rows = self._checked_live("seqs", seqs, "page_table")
-            lengths = np.fromiter((seq.num_tokens for seq in rows), np.int32, len(rows))
-            indptr = np.zeros(len(rows) + 1, np.int32)
-            np.cumsum(-(-lengths // ledger.page_size), out=indptr[1:])
-            pages = np.concatenate([np.empty(0, np.int32), *(seq._pages.view() for seq in rows)])
-        last = np.where(lengths == 0, 0, (lengths - 1) % ledger.page_size + 1).astype(np.int32)
-        tensors = (torch.from_numpy(array).to(ledger.device) for array in (indptr, pages, last))
-        return PageTable(*tensors, page_size=ledger.page_size)
+            chosen = list(seqs)
+            self._check_on_pages("seqs", chosen, "page_table")
+            rows = np.fromiter((seq._row for seq in chosen), np.int64, len(chosen))
+            indptr = np.zeros(len(chosen) + 1, np.int32)
+            np.cumsum(ledger.rows.pages.size[rows], out=indptr[1:])
+            pages = np.concatenate([np.empty(0, np.int32), *(seq.row_pages() for seq in chosen)])
+            if ledger.rows.first_page[rows].any():
+                np.maximum(pages, 0, out=pages)
+            lengths = ledger.rows.num_tokens[rows].astype(np.int32)
+            last = np.where(lengths > 0, (lengths - 1) % ledger.page_size + 1, 0).astype(np.int32)
+            return BookedTable(indptr, pages, last, lengths, ledger.page_size, self.num_pages - 1, ledger.device)
+
+    def pin(self, token_ids: TokenIds, namespace: Namespace = None) -> PinnedPrefix:
+        """Keeps what is cached of `token_ids` now, in whole pages, from being evicted until it is unpinned."""
+        ids = as_token_array("token_ids", token_ids)
+        namespace_key(namespace)
+        with self._ledger as ledger:
+            cache, _ = ledger.cache_of(namespace)
+            match = None if cache is None else cache.match(ids, namespace)
+            if cache is None or match is None or not match.num_tokens:
+                return PinnedPrefix(ledger, namespace, cache, None, np.empty(0, np.int32))
+            cache.lock(match.handle)
+            return PinnedPrefix(ledger, namespace, cache, match.handle, match.pages)
+
+    def swap_out(self, seq: Sequence, tier: SwapTier | None = None) -> None:
+        """Saves the bytes of all pages of `seq` in a tier, the manager's if none is given, and gives the pages back.
+
+        When:   between steps: what was reserved is written, and its copies are made.
+        Raises: whatever the tier does when it has no room; nothing has changed then.
+        """
+        with self._ledger as ledger:
+            self._check_on_pages("seq", [seq], "swap_out")
+            chosen = self._tier if tier is None else tier
+            if chosen is None:
+                raise ValueError("tier must be given here or to the manager, got None. Use drop to compute it again.")
+            swap_out(ledger, seq, chosen)
+
+    def drop(self, seq: Sequence) -> None:
+        """Gives the pages of `seq` back and keeps its committed ids; published ones stay cached if there is room."""
+        with self._ledger:
+            self._check_on_pages("seq", [seq], "drop")
+            drop_pages(seq)
+
+    def swap_in(self, seq: Sequence) -> npt.NDArray[Any]:
+        """Puts a sequence that was swapped out or dropped on pages again.
+
+        Returns the ids, in order, that must be appended, computed and committed again: none after `swap_out`, whose
+        pages come back from the tier but for those that the prefix cache still has; after `drop`, all behind the
+        longest cached prefix.
+        Raises: OutOfPagesError, or what the tier raises: it stays away then, and what was saved stays saved.
+        """
+        with self._ledger as ledger:
+            self._check_known("seq", [seq])
+            if seq.state not in ("swapped out", "dropped"):
+                raise ValueError(f"seq must be swapped out or dropped to be swapped in, got one that is {seq.state}.")
+            return swap_in(ledger, seq)
 
     def reorder(self, beams: Iterable[Sequence], parents: TokenIds) -> list[Sequence]:
         """Beam search: the i-th sequence returned continues `beams[parents[i]]`.
@@ -134,7 +248,8 @@ class KVCacheManager:
         continued is closed. No page is copied or allocated. `parents` may be shorter or longer than `beams`.
         """
         with self._ledger:
-            rows = self._checked_live("beams", beams, "reorder")
+            rows = list(beams)
+            self._check_on_pages("beams", rows, "reorder")
             if len({id(beam) for beam in rows}) != len(rows):
                 raise ValueError("beams must be different sequences, got one twice. Fork it first.")
             chosen = as_token_ids("parents", parents).tolist()
@@ -157,21 +272,18 @@ class KVCacheManager:
         A copy of a copy names the first source, and a page that was given back and copied to again is named once.
 
         When:   without a pool, after the appends of a step and before anything is written. With a pool there are none.
+                The sources are not given to anybody else before this call.
         """
         with self._ledger as ledger:
-            source_of: dict[int, int] = {}
-            for src, dst in ledger.pending_copies:
-                source_of[dst] = source_of.get(src, src)
-            copies = [(src, dst) for dst, src in source_of.items()]
+            copies = ledger.take_copies()
             pairs = torch.tensor(copies, dtype=torch.int64, device=ledger.device).reshape(-1, 2)
-            ledger.pending_copies.clear()
         return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
     def evict(self, num_pages: int | None = None) -> int:
         """Frees up to `num_pages` pages that the prefix cache alone holds, all of them for None; returns how many.
 
-        Appends evict by themselves. Pages that live sequences name stay cached: after a change of the model's weights
-        use a new namespace, or close them first.
+        Appends evict by themselves. Pages that live sequences name or that are pinned stay cached: after a change of
+        the model's weights use a new namespace, or close and unpin them first.
         """
         if num_pages is not None:
             check_int("num_pages", num_pages, minimum=0)
@@ -179,54 +291,60 @@ class KVCacheManager:
             return ledger.evict(ledger.num_evictable if num_pages is None else num_pages)
 
     def stats(self) -> ManagerStats:
-        """The state now; see `ManagerStats`. Walks the sequences and the counts of pages, not the tree."""
+        """The state now; see `ManagerStats`. Walks the pages of the sequences, not the tree."""
         with self._ledger as ledger:
-            named = ledger.num_named()
-            free = ledger.allocator.num_free
-            owned = int(np.count_nonzero(named))
-            return ManagerStats(
-                num_pages=self.num_pages,
-                page_size=self.page_size,
-                num_sequences=len(ledger.live),
-                free=free,
-                owned=owned,
-                shared=int(np.count_nonzero(named > 1)),
-                cached=self.num_pages - free - owned,
-                published=0 if ledger.cache is None else ledger.cache.num_cached_pages,
-                evictable=ledger.num_evictable,
-                slots_reserved=sum(seq._pages.size for seq in ledger.live.values()) * self.page_size,
-                tokens=sum(seq.num_tokens for seq in ledger.live.values()),
-                **vars(ledger.counters),
-            )
+            return count_pages(ledger)
 
-    def _checked_live(self, name: str, seqs: Iterable[Sequence], call: str) -> list[Sequence]:
-        rows = list(seqs)
-        for number, seq in enumerate(rows):
+    def take_events(self) -> list[CacheEvent]:
+        """What the prefix caches stored and removed since the last call, cache by cache; see docs/kv_events.md."""
+        with self._ledger as ledger:
+            return [event for cache in ledger.caches() if cache.events is not None for event in cache.events.take()]
+
+    def draw(self, *, form: str = "text", width: int | None = None, color: bool = False, tree: bool = True) -> str:
+        """A picture of who owns which page, "text" or "svg"; `management.draw.draw` has more options."""
+        return draw(self, form=form, width=width, color=color, tree=tree)
+
+    def step_rows(self) -> Iterator[tuple[Sequence, PageArray]]:
+        """The page ids that the table of the last step has for each sequence that was not changed since: inspection."""
+        return self._planner.table_rows()
+
+    def _checked_batch(
+        self, seqs: Iterable[Sequence], num_tokens: int | TokenIds
+    ) -> tuple[list[Sequence], int | npt.NDArray[np.int64]]:
+        rows = seqs if isinstance(seqs, list) else list(seqs)
+        if isinstance(num_tokens, int):
+            check_int("num_tokens", num_tokens, minimum=1)
+            return rows, num_tokens
+        counts = as_token_ids("num_tokens", num_tokens)
+        if counts.shape[0] != len(rows):
+            raise ValueError(f"num_tokens must be an int or have shape [{len(rows)}], got [{counts.shape[0]}].")
+        if counts.size and not counts.all():
+            raise ValueError(f"num_tokens must be at least 1, got 0 at position {int((counts == 0).argmax())}.")
+        return rows, counts
+
+    def _check_known(self, name: str, seqs: list[Sequence]) -> None:
+        for number, seq in enumerate(seqs):
             if not isinstance(seq, Sequence):
                 raise TypeError(f"{name} must be sequences, got {type(seq).__name__} at position {number}.")
+            if not seq.is_closed and seq._ledger is not self._ledger:
+                raise ValueError(f"{name} must be sequences of this manager, got another's at position {number}.")
+
+    def _check_on_pages(self, name: str, seqs: list[Sequence], call: str) -> None:
+        ledger = self._ledger
+        if all(type(seq) is Sequence and seq._ledger is ledger and seq._state == "on pages" for seq in seqs):
+            return
+        self._check_known(name, seqs)
+        for number, seq in enumerate(seqs):
             if seq.is_closed:
                 raise ValueError(f"{name} must be open sequences for {call}, got a closed one at position {number}.")
-            if seq._ledger is not self._ledger:
-                raise ValueError(f"{name} must be sequences of this manager, got another's at position {number}.")
-        return rows
+            if seq.state != "on pages":
+                raise ValueError(
+                    f"{name} must be on pages for {call}, got one that is {seq.state} at position {number}. "
+                    "Swap it in first."
+                )
 
     def __repr__(self) -> str:
         return (
             f"KVCacheManager(num_pages={self.num_pages}, page_size={self.page_size}, free={self.num_free_pages}, "
             f"evictable={self.num_evictable_pages}, num_sequences={len(self._ledger.live)})"
         )
-
-
-def _pool_and_sizes(pool_or_num_pages: PagePool | int, page_size: int | None) -> tuple[PagePool | None, int, int]:
-    if isinstance(pool_or_num_pages, int):
-        check_int("num_pages", pool_or_num_pages, minimum=1)
-        if page_size is None:
-            raise ValueError("page_size must be given with a number of pages, got None.")
-        check_int("page_size", page_size, minimum=1)
-        return None, pool_or_num_pages, page_size
-    for attribute in ("num_pages", "page_size", "device", "copy_pages"):
-        if not hasattr(pool_or_num_pages, attribute):
-            raise TypeError(f"pool_or_num_pages must be a pool or an int, got {type(pool_or_num_pages).__name__}.")
-    if page_size is not None and page_size != pool_or_num_pages.page_size:
-        raise ValueError(f"page_size must be {pool_or_num_pages.page_size} (the pool's), got {page_size}.")
-    return pool_or_num_pages, pool_or_num_pages.num_pages, pool_or_num_pages.page_size

@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.compare_key import common_prefix_len
+from ..errors import BackendUnavailableError
+from ..kernels.cpu import native
 from ..shapes import check_int
 from .allocator import PageArray, PageIds
-from .eviction import EvictionPolicy, EvictionQueue, make_eviction_policy
+from .events import EventLog
+from .eviction import EvictionPolicy, make_eviction_policy
+from .native_radix_tree import NativeRadixTree
+from .prefix_cache import EMPTY_HANDLE, CacheHandle, InsertResult, MatchResult, Namespace, namespace_key
+from .python_radix_tree import PythonRadixTree
 from .radix_node import RadixNode
+from .radix_sanity import check_radix_tree
+from .radix_tree import Growth, RadixTree
 from .token_ids import TokenArray, TokenIds, as_token_ids
 
 __all__ = ["CacheHandle", "InsertResult", "MatchResult", "Namespace", "RadixCache", "namespace_key"]
 
-# Who may share with whom, compared by value and type: None, "", 0, False and b"" are five namespaces.
-Namespace = str | bytes | int | tuple[Any, ...] | None
+_CORES = ("auto", "native", "python")
 
-_TOKEN_BYTES = 8
-
-
-class CacheHandle(NamedTuple):
-    """Names the deepest node of a cached prefix; opaque. `num_tokens` is the length of the prefix."""
-
-    node: RadixNode
-    version: int
-    num_tokens: int
-
-
-class MatchResult(NamedTuple):
-    """The longest cached prefix: `pages` [num_tokens / page_size] int32, a copy."""
-
-    num_tokens: int
-    pages: PageArray
-    handle: CacheHandle
-
-
-class InsertResult(NamedTuple):
-    """`num_cached` tokens were there before, on pages of the cache's; `handle` names the whole run."""
-
-    num_cached: int
-    handle: CacheHandle
+# The upper half of the versions in the handles of a cache, so that no other cache takes them.
+_SERIALS = count(1)
+_SERIAL_BITS = 32
 
 
 class RadixCache:
     """A radix tree over whole pages, one root a namespace.
 
-    Units:  lookups and inserts round down to whole pages; counters count pages.
-    When:   a result may be used until the next call that inserts or evicts; lock its handle to use it longer.
-    Owns:   copies of token and page ids. Whether a page is free is the allocator's business: a page given to `insert`
-            belongs to the cache until `evict` or `reset` returns it.
-    Cost:   match and insert: the tokens compared, and a step a node. lock and unlock: a step a node. evict: a heap
-            operation a leaf, never a walk of the tree.
-    Raises: ValueError, TypeError for misuse; nothing has changed then.
+    eviction: which pages go first, a name or a policy (see management/eviction.py).
+    events:  keep a log of what comes and goes in `events`; costs a hash a page.
+    core:    "native", "python", or "auto" for the first of these that runs here. They give equal results.
+    Units:   lookups and inserts round down to whole pages.
+    When:    a result may be used until the next call that inserts or evicts; lock its handle to use it longer.
+    Owns:    copies of token and page ids. Whether a page is free is the allocator's business: a page given to `insert`
+             belongs to the cache until `evict` or `reset` returns it.
+    Cost:    match and insert: the tokens compared, and a step a node. lock and unlock: a step a node. evict: a heap
+             operation for each run that loses pages, never a walk of the tree.
+    Threads: one at a time.
+    Raises:  ValueError, TypeError for misuse; nothing has changed then.
 
     >>> cache = RadixCache(page_size=2)
     >>> cache.insert([1, 2, 3, 4], [7, 5]).num_cached
@@ -66,305 +56,228 @@ class RadixCache:
     array([5], dtype=int32)
     """
 
-    def __init__(self, page_size: int, eviction: str | EvictionPolicy = "lru") -> None:
+    def __init__(
+        self, page_size: int, eviction: str | EvictionPolicy = "lru", *, events: bool = False, core: str = "auto"
+    ) -> None:
         check_int("page_size", page_size, minimum=1)
         self.page_size = page_size
-        self._queue: EvictionQueue[RadixNode] = EvictionQueue(make_eviction_policy(eviction))
-        self._roots: dict[Any, RadixNode] = {}
-        # What a handle of an unknown namespace names; it stays empty.
-        self._void = self._new_root(None)
-        self._time = 0
-        self._num_cached_pages = self._num_evictable_pages = 0
-        # By page id: 0 when the cache does not hold the page. Grown to the largest id seen.
-        self._held = np.zeros(64, np.int32)
+        self.events = EventLog() if events else None
+        self._serial = next(_SERIALS)
+        self._tree = _make_tree(core, page_size, make_eviction_policy(eviction), self._serial << _SERIAL_BITS)
+        self._roots: dict[Any, Any] = {}
 
     @property
     def num_cached_pages(self) -> int:
         """Pages in the tree."""
-        return self._num_cached_pages
+        return self._tree.num_cached_pages
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens in the tree."""
+        return self._tree.num_cached_pages * self.page_size
 
     @property
     def num_evictable_pages(self) -> int:
         """Pages in nodes that nothing locks; `evict` can free all of them."""
-        return self._num_evictable_pages
+        return self._tree.num_evictable_pages
+
+    @property
+    def num_evictable_tokens(self) -> int:
+        """Tokens in nodes that nothing locks."""
+        return self._tree.num_evictable_pages * self.page_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tree takes; walks it."""
+        return self._tree.num_bytes
 
     @property
     def eviction_policy(self) -> EvictionPolicy:
         """Who decides what goes first."""
-        return self._queue.policy
+        return self._tree.policy
+
+    @property
+    def core(self) -> str:
+        """What runs: "native" or "python"."""
+        return "native" if isinstance(self._tree, NativeRadixTree) else "python"
 
     def match(self, token_ids: TokenIds, namespace: Namespace = None) -> MatchResult:
         """The longest cached prefix of `token_ids`, in whole pages; counts as a use of it."""
-        ids = as_token_ids("token_ids", token_ids)
-        root = self._roots.get(namespace_key(namespace), self._void)
-        node, parts = self._walk(root, ids, num_hits=1)
-        self._queue.offer(node)
-        pages = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        num_tokens = pages.shape[0] * self.page_size
-        return MatchResult(num_tokens, pages, CacheHandle(node, node.version, num_tokens))
+        return self._tree.match(self._roots.get(namespace_key(namespace)), token_ids)
 
     def insert(
-        self, token_ids: TokenIds, pages: PageIds, namespace: Namespace = None, *, only_new: bool = False
+        self,
+        token_ids: TokenIds,
+        pages: PageIds,
+        namespace: Namespace = None,
+        *,
+        only_new: bool = False,
+        priority: int = 0,
     ) -> InsertResult:
         """Adds the prefix `token_ids`, whose keys and values are in `pages`; what is there already stays as it is.
 
         only_new: adds nothing at all when the beginning is there already, so that the result never stands on pages of
                 others; `num_cached` tells.
+        priority: for the policy "priority"; what is there already has the highest it was ever given.
 
         Shapes: token_ids [n]; pages [n // page_size]. The pages of the first `num_cached` tokens of the result are not
                 taken, they stay the caller's; the others are the cache's from now on.
         Raises: ValueError when a page to be taken is negative, named twice or in the cache already.
         """
-        ids = as_token_ids("token_ids", token_ids)
-        taken = self._checked_pages(ids, pages)
+        _check_priority(priority)
         key = namespace_key(namespace)
-        root = self._roots.get(key) or self._new_root(key)
-        result = self._insert_below(root, 0, ids, taken, only_new)
-        if root.children:
-            self._roots[key] = root
-        return result
+        known = self._roots.get(key)
+        root = self._tree.add_root(namespace) if known is None else known
+        growth = None
+        try:
+            growth = self._tree.insert(root, token_ids, pages, only_new, priority)
+        finally:
+            if known is None and growth is not None and growth.handle.num_tokens:
+                self._roots[key] = root
+            elif known is None:
+                self._tree.drop_root(root)
+        if self.events is not None:
+            self._log_stored(self.events, growth, 0, token_ids, pages)
+        return InsertResult(growth.num_cached, growth.handle)
 
     def extend(
-        self, handle: CacheHandle, token_ids: TokenIds, pages: PageIds, *, only_new: bool = False
+        self, handle: CacheHandle, token_ids: TokenIds, pages: PageIds, *, only_new: bool = False, priority: int = 0
     ) -> InsertResult:
         """The same as inserting what `handle` names followed by `token_ids`, from there on.
 
         Counts in `num_cached` are those of `token_ids`. A leaf that only `handle` locks grows in place: the handle's
         lock then covers the new pages too, and a sequence that is decoded page by page stays one node.
         """
-        self._check_current(handle)
-        ids = as_token_ids("token_ids", token_ids)
-        taken = self._checked_pages(ids, pages)
-        if handle.num_tokens == 0:
+        _check_priority(priority)
+        if not self._names_pages(handle):
             raise ValueError("handle must name a cached prefix to be extended, got an empty one. Insert instead.")
-        result = self._insert_below(handle.node, handle.num_tokens, ids, taken, only_new)
-        above = handle.node.parent
-        while above is not None:
-            above.last_access = self._time
-            above = above.parent
-        return result
+        growth = self._tree.extend(handle, token_ids, pages, only_new, priority)
+        if self.events is not None:
+            self._log_stored(self.events, growth, handle.num_tokens, token_ids, pages)
+        return InsertResult(growth.num_cached, growth.handle)
 
     def lock(self, handle: CacheHandle) -> None:
         """Protects the prefix that `handle` names from eviction until it is unlocked as often; none if empty."""
-        self._check_current(handle)
-        node = handle.node
-        if node.parent is None:
-            return
-        node.anchors += 1
-        while node.parent is not None:
-            if node.locks == 0:
-                self._num_evictable_pages -= node.num_pages
-            node.locks += 1
-            node = node.parent
+        if self._names_pages(handle):
+            self._tree.lock(handle)
 
     def unlock(self, handle: CacheHandle) -> None:
         """Takes back one `lock` of the same handle; counts as a use of the prefix.
 
         Raises: ValueError when the handle is not locked.
         """
-        node = handle.node
-        if handle.num_tokens == 0:
-            return
-        if node.anchors < 1:
-            raise ValueError(f"handle must be locked, got one of {handle.num_tokens} tokens that is not.")
-        node.anchors -= 1
-        self._time += 1
-        while node.parent is not None:
-            node.locks -= 1
-            node.last_access = self._time
-            if node.locks == 0:
-                self._num_evictable_pages += node.num_pages
-            node = node.parent
-        node.last_access = self._time
-        self._queue.offer(handle.node)
+        if self._names_pages(handle):
+            self._tree.unlock(handle)
 
     def ancestor(self, handle: CacheHandle, num_tokens: int) -> CacheHandle:
         """The handle of the first `num_tokens` tokens (whole pages) of a current handle's prefix."""
-        self._check_current(handle)
+        is_empty = not self._names_pages(handle) or num_tokens == 0
         check_int("num_tokens", num_tokens, minimum=0)
         if num_tokens % self.page_size or num_tokens > handle.num_tokens:
             raise ValueError(
                 f"num_tokens must be whole pages of {self.page_size} and at most {handle.num_tokens}, got {num_tokens}."
             )
-        node, start = handle.node, handle.num_tokens
-        while (parent := node.parent) is not None:
-            start -= node.num_pages * self.page_size
-            if start < num_tokens:
-                kept = (num_tokens - start) // self.page_size
-                node = node if kept == node.num_pages else node.split(kept)
-                break
-            node = parent
-        return CacheHandle(node, node.version, num_tokens)
+        return EMPTY_HANDLE if is_empty else self._tree.ancestor(handle, num_tokens)
 
     def locked_tokens(self, handle: CacheHandle, start: int) -> TokenArray:
-        """Token ids [start, handle.num_tokens) of the prefix that a locked or current handle names."""
-        parts, node, end = [np.empty(0, np.int64)], handle.node, handle.num_tokens
-        while node.parent is not None and end > start:
-            parts.insert(1, node.tokens)
-            end -= node.num_pages * self.page_size
-            node = node.parent
-        return np.concatenate(parts)[max(0, start - end) :]
+        """Token ids [start, handle.num_tokens) of the prefix that a current handle names."""
+        check_int("start", start, minimum=0)
+        if not self._names_pages(handle):
+            return np.empty(0, np.int64)
+        return self._tree.locked_tokens(handle, start)
 
     def evict(self, num_pages: int) -> PageArray:
         """Drops up to `num_pages` pages that nothing locks and returns them: fewer when there are no more.
 
-        Order: by the eviction policy; of each run the last pages first, so that what is left is still a prefix.
+        Order: by the eviction policy; of each run the last pages first, so that what is left is still a prefix, and
+                what a prompt was answered goes before the prompt.
         """
         check_int("num_pages", num_pages, minimum=0)
-        dropped: list[PageArray] = []
-        missing = num_pages
-        while missing > 0 and (node := self._queue.pop()) is not None:
-            pages = self._trim(node, missing) if node.num_pages > missing else self._remove(node)
-            missing -= pages.shape[0]
-            dropped.append(pages)
-        pages = np.concatenate(dropped) if dropped else np.empty(0, np.int32)
-        self._held[pages] = 0
-        self._num_cached_pages -= pages.shape[0]
-        self._num_evictable_pages -= pages.shape[0]
+        pages = self._tree.evict(num_pages)
+        self._forget_empty_roots()
+        if self.events is not None and pages.size:
+            self.events.removed(pages)
         return pages
 
     def reset(self) -> PageArray:
         """Drops everything and returns the pages. Raises: ValueError while a handle is locked."""
-        num_locked = self._num_cached_pages - self._num_evictable_pages
+        num_locked = self.num_cached_pages - self.num_evictable_pages
         if num_locked:
             raise ValueError(f"the cache must not be locked to be reset, got {num_locked} locked pages.")
-        return self.evict(self._num_cached_pages)
+        pages = self._tree.evict(self.num_cached_pages)
+        self._forget_empty_roots()
+        if self.events is not None:
+            self.events.cleared()
+        return pages
 
     def holds(self, pages: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """Which of `pages` are in the tree."""
-        known = pages < self._held.shape[0]
-        result = np.zeros(pages.shape, np.bool_)
-        result[known] = self._held[pages[known]] != 0
-        return result
+        return self._tree.holds(pages)
 
     def held_mask(self, num_pages: int) -> npt.NDArray[np.bool_]:
         """For each page 0..num_pages-1 whether it is in the tree."""
-        mask = np.zeros(num_pages, np.bool_)
-        known = self._held[:num_pages]
-        mask[: known.shape[0]] = known != 0
-        return mask
+        return self._tree.held_mask(num_pages)
 
     def nodes(self) -> Iterator[RadixNode]:
-        """Every node, roots included, parents before children: for inspection, not for change."""
-        stack = list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+        """Every node, roots included, parents before children: for inspection, not for change.
 
-    def _walk(self, node: RadixNode, ids: TokenArray, num_hits: int) -> tuple[RadixNode, list[PageArray]]:
-        """Follows `ids` down as far as whole pages agree, splitting the last node if need be; stamps what it passes."""
-        page_size = self.page_size
-        stop = ids.shape[0] // page_size * page_size
-        raw = ids.tobytes()
-        key_bytes = page_size * _TOKEN_BYTES
-        self._time = node.last_access = self._time + 1
-        parts: list[PageArray] = []
-        start = 0
-        while start < stop:
-            child = node.children.get(raw[start * _TOKEN_BYTES : start * _TOKEN_BYTES + key_bytes])
-            if child is None:
-                break
-            num_pages = common_prefix_len(child.tokens, ids[start:stop]) // page_size
-            is_part = num_pages < child.num_pages
-            node = child.split(num_pages) if is_part else child
-            node.last_access = self._time
-            node.num_hits += num_hits
-            parts.append(node.pages)
-            start += num_pages * page_size
-            if is_part:
-                break
-        return node, parts
+        The nodes of one call name each other; those of the native core are copies, made for this call.
+        """
+        return self._tree.nodes()
 
-    def _insert_below(
-        self, start: RadixNode, start_tokens: int, ids: TokenArray, pages: PageArray, only_new: bool
-    ) -> InsertResult:
-        node, parts = self._walk(start, ids, num_hits=0)
-        num_cached = sum(part.shape[0] for part in parts)
-        new_pages = pages[num_cached:] if not (only_new and num_cached) else pages[:0]
-        num_tokens = start_tokens + (num_cached + new_pages.shape[0]) * self.page_size
-        if new_pages.size:
-            self._hold(new_pages)
-            new_ids = ids[num_cached * self.page_size : pages.shape[0] * self.page_size]
-            self._num_cached_pages += new_pages.shape[0]
-            if node is start and start_tokens and not node.children and node.locks == node.anchors == 1:
-                node.grow(new_ids, new_pages)
-            else:
-                leaf = RadixNode(node, new_ids, new_pages, self.page_size, self._time)
-                node.children[leaf.child_key] = leaf
-                self._num_evictable_pages += new_pages.shape[0]
-                node = leaf
-        self._queue.offer(node)
-        return InsertResult(num_cached * self.page_size, CacheHandle(node, node.version, num_tokens))
+    def sanity_check(self) -> None:
+        """Walks the tree and proves that it agrees with itself; see management/radix_sanity.py.
 
-    def _checked_pages(self, ids: TokenArray, pages: PageIds) -> PageArray:
-        array = pages if isinstance(pages, np.ndarray) else np.array(pages, dtype=None if len(pages) else np.int32)
-        if array.ndim != 1 or array.shape[0] != ids.shape[0] // self.page_size:
-            raise ValueError(
-                f"pages must have shape [{ids.shape[0] // self.page_size}] for {ids.shape[0]} tokens "
-                f"(page_size {self.page_size}), got {list(array.shape)}."
-            )
-        if array.dtype.kind != "i":
-            raise TypeError(f"pages must be integers, got {array.dtype.name}.")
-        if array.size and (array.min() < 0 or array.max() > 2**31 - 2):
-            raise ValueError(f"pages must be in 0..2**31 - 2, got {array.min()}..{array.max()}.")
-        return array.astype(np.int32, copy=False)
+        Raises: IntegrityError that quotes the sentence that does not hold.
+        """
+        check_radix_tree(self._tree, self.page_size)
 
-    def _hold(self, pages: PageArray) -> None:
-        """Marks `pages` as held; refuses, and marks nothing, when one is held already or named twice."""
-        largest = int(pages.max())
-        if largest >= self._held.shape[0]:
-            grown = np.zeros(max(largest + 1, 2 * self._held.shape[0]), np.int32)
-            grown[: self._held.shape[0]] = self._held
-            self._held = grown
-        held = self._held[pages] != 0
-        if held.any():
-            page = int(pages[int(held.argmax())])
-            raise ValueError(
-                f"pages must not be in the cache yet, got page {page}, which is there under other tokens. "
-                "Commit the same token ids for pages that sequences share."
-            )
-        # Each entry writes its position at its page; of two equal entries only the last finds its own again.
-        positions = np.arange(1, pages.shape[0] + 1, dtype=np.int32)
-        self._held[pages] = positions
-        repeated = self._held[pages] != positions
-        if repeated.any():
-            self._held[pages] = 0
-            raise ValueError(f"pages must name each page once, got page {pages[int(repeated.argmax())]} twice.")
+    def _names_pages(self, handle: CacheHandle) -> bool:
+        """False for an empty handle, which all caches take; refuses one of another cache."""
+        if not isinstance(handle, CacheHandle):
+            raise TypeError(f"handle must be what match, insert or extend gave, got {type(handle).__name__}.")
+        if handle.num_tokens and handle.version >> _SERIAL_BITS != self._serial:
+            raise ValueError(f"handle must be one of this cache, got another's of {handle.num_tokens} tokens.")
+        return handle.num_tokens > 0
 
-    def _trim(self, node: RadixNode, num_pages: int) -> PageArray:
-        pages = node.trim(num_pages)
-        self._queue.offer(node)
-        return pages
+    def _forget_empty_roots(self) -> None:
+        for namespace in self._tree.pop_empty_namespaces():
+            del self._roots[namespace_key(namespace)]
 
-    def _remove(self, node: RadixNode) -> PageArray:
-        parent = node.parent
-        pages = node.detach()
-        if parent is not None and parent.parent is not None:
-            self._queue.offer(parent)
-        elif parent is not None and not parent.children:
-            del self._roots[parent.namespace]
-            parent.version += 1
-        return pages
+    def _log_stored(
+        self, events: EventLog, growth: Growth, num_before: int, token_ids: TokenIds, pages: PageIds
+    ) -> None:
+        first = growth.num_cached // self.page_size
+        stop = (growth.handle.num_tokens - num_before) // self.page_size
+        if stop > first:
+            ids = as_token_ids("token_ids", token_ids)[first * self.page_size : stop * self.page_size]
+            new_pages = np.asarray(pages, np.int32)[first:stop]
+            namespace = self._tree.namespace_of(growth.root)
+            events.stored(growth.parent_page, new_pages, ids, namespace, self.page_size)
 
-    def _new_root(self, key: Any) -> RadixNode:
-        return RadixNode(None, np.empty(0, np.int64), np.empty(0, np.int32), self.page_size, 0, namespace=key)
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a RadixCache must not be copied or pickled: its pages belong to one pool. Make a new one.")
 
-    @staticmethod
-    def _check_current(handle: CacheHandle) -> None:
-        if handle.version != handle.node.version:
-            raise ValueError(
-                f"handle must name a prefix that is still cached, got one of {handle.num_tokens} tokens that changed. "
-                "Lock a handle before the next insert or eviction."
-            )
+    def __repr__(self) -> str:
+        return (
+            f"RadixCache(page_size={self.page_size}, eviction={self.eviction_policy}, core={self.core!r}, "
+            f"num_cached_pages={self.num_cached_pages}, num_evictable_pages={self.num_evictable_pages})"
+        )
 
 
-def namespace_key(namespace: object) -> Any:
-    """A dict key that is equal only for equal values of equal types, at every depth of a tuple."""
-    if isinstance(namespace, tuple):
-        return (tuple, tuple(map(namespace_key, namespace)))
-    if namespace is None or type(namespace) in (str, bytes, int, bool):
-        return (type(namespace), namespace)
-    raise TypeError(
-        f"namespace must be None, a str, bytes, an int or a tuple of these, got {type(namespace).__name__}."
-    )
+def _check_priority(priority: int) -> None:
+    if type(priority) is int and -(2**31) <= priority < 2**31:
+        return
+    check_int("priority", priority, minimum=-(2**31))
+    raise ValueError(f"priority must be below 2**31, got {priority}.")
+
+
+def _make_tree(core: str, page_size: int, policy: EvictionPolicy, first_version: int) -> RadixTree:
+    if core not in _CORES:
+        raise ValueError(f"core must be {', '.join(map(repr, _CORES))}, got {core!r}.")
+    reason = native.unavailable() if core != "python" else None
+    if core == "native" and reason is not None:
+        raise BackendUnavailableError(f"core 'native' cannot load: {reason}.")
+    if core == "python" or reason is not None:
+        return PythonRadixTree(page_size, policy, first_version)
+    return NativeRadixTree(page_size, policy, first_version)

@@ -36,6 +36,7 @@ class RadixNode:
         "num_pages",
         "page_size",
         "parent",
+        "priority",
         "queued_priority",
         "queued_serial",
         "version",
@@ -57,7 +58,7 @@ class RadixNode:
         self.num_pages: int = pages.shape[0]
         self.child_key = self.first_page_key()
         self.children: dict[bytes, RadixNode] = {}
-        self.locks = self.anchors = self.version = self.num_hits = 0
+        self.locks = self.anchors = self.version = self.num_hits = self.priority = 0
         self.created = self.last_access = time
         self.queued_serial: int | None = None
         self.queued_priority: tuple[float, ...] = ()
@@ -116,6 +117,7 @@ class RadixNode:
             parent, self._tokens.view(0, cut), self._pages.view(0, num_pages), self.page_size, self.created
         )
         prefix.locks, prefix.num_hits, prefix.last_access = self.locks, self.num_hits, self.last_access
+        prefix.priority, prefix.version = self.priority, self.version
         self._tokens, self._pages = GrowingArray(self._tokens.view(cut)), GrowingArray(self._pages.view(num_pages))
         self.num_pages -= num_pages
         self.child_key = self.first_page_key()

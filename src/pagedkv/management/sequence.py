@@ -12,32 +12,60 @@ Token positions, in half-open intervals; P is the page size and every bound is w
     [num_tokens, num_pages * P)     the rest of the last page, written by a later append
 
 A page is written by this sequence only from num_tokens on, and only while nobody else owns it: append first replaces a
-partly filled last page that has other owners by a copy. Nothing else ever changes the page id of a position.
+partly filled last page that has other owners by a copy. Nothing else ever changes the page id of a position, except
+that a window gives pages back.
 The lock of the prefix cache ends at the last page that this sequence names and the cache holds. That is at most
 `published`, or one page further after a truncate into a published page, or as far as a fork has published pages that
-both name.
+both name. The lock is the claim on the pages under it; each page from there on counts this sequence as an owner.
+
+A sequence with a window of W tokens gives back, at each commit, the pages whose tokens are all more than W - 1 before
+the next one: their positions have page -1, and what is later stays where it is. It finds prefixes like any other and
+keeps the lock until the window has left the last page under it, since a tree cannot hold an end without its beginning.
+For the same reason it publishes only while all its tokens are inside the window.
+
+States, and the calls that lead from one to the next:
+
+    on pages      open, fork; append, commit, truncate, batch are for these alone
+    swapped out   KVCacheManager.swap_out: no pages; the bytes of all of them are in a tier     -> swap_in, close
+    dropped       KVCacheManager.drop: no pages; the committed ids are kept to compute them again -> swap_in, close
+    closed        close: nothing is left
 """
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from ..kernels.compare_key import common_prefix_len
 from ..shapes import check_int
 from .allocator import PageArray
-from .growing_array import GrowingArray
 from .ledger import PageLedger
-from .radix_cache import CacheHandle, Namespace
-from .token_ids import TokenArray, TokenIds, as_token_ids
+from .prefix_cache import CacheHandle, Namespace, PrefixCache
+from .sequence_books import SequenceBooks
+from .token_ids import TokenIds, as_token_array
 
-__all__ = ["Sequence"]
+__all__ = ["Sequence", "SequenceState", "SwapTier"]
+
+SequenceState = Literal["on pages", "swapped out", "dropped", "closed"]
 
 
-class Sequence:
+class SwapTier(Protocol):
+    """Where the bytes of pages wait; `HostPageStore` (storage/host.py) is one."""
+
+    def save(self, pages: torch.Tensor) -> Any:
+        """Copies the bytes of pages [n] int64 and returns what names the copy. When it raises, nothing is kept."""
+
+    def load(self, ticket: Any, pages: torch.Tensor) -> None:
+        """Writes the i-th page saved under `ticket` over pages[i], none for -1. The copy stays."""
+
+    def drop(self, ticket: Any) -> None:
+        """Forgets the copy."""
+
+
+class Sequence(SequenceBooks):
     """A growing list of tokens on pages of a manager; made by `KVCacheManager.open` and `fork`.
 
     When:   append, write the keys and values into the slots, commit the token ids; repeat; close.
@@ -53,29 +81,40 @@ class Sequence:
     """
 
     def __init__(
-        self, ledger: PageLedger, namespace: Namespace, tokens: TokenArray, pages: PageArray, handle: CacheHandle | None
+        self,
+        ledger: PageLedger,
+        namespace: Namespace,
+        tokens: npt.NDArray[Any],
+        pages: PageArray,
+        handle: CacheHandle | None,
+        window: int | None = None,
+        num_expected: int = 0,
     ) -> None:
-        """For the manager: `pages` are retained and `handle` is locked, and this sequence gives them back."""
-        self._ledger = ledger
-        self._namespace = namespace
-        self._tokens = GrowingArray(tokens)
-        self._pages = GrowingArray(pages)
-        self._num_tokens = int(tokens.shape[0])
-        self._num_cached_tokens = self._num_tokens
-        self._published = self._num_tokens
-        self._handle = handle
-        self._is_closed = False
+        """For the manager: `handle` is locked and pages beyond it are retained; this sequence gives them back.
+
+        num_expected: tokens to make room for.
+        """
+        super().__init__(ledger, namespace, tokens, pages, handle, window, num_expected)
+        num_tokens = int(tokens.shape[0])
+        self._rows.num_tokens[self._row] = num_tokens
+        self._rows.published[self._row] = num_tokens
+        self._num_cached_tokens = num_tokens
+        self._state: SequenceState = "on pages"
+        self._counts_at_end = (0, 0)
+        # Where a swapped-out sequence is, and how many of its pages a window had given back.
+        self._ticket: tuple[SwapTier, Any] | None = None
+        self._num_pages_behind = 0
         ledger.live[id(self)] = self
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that have a slot: committed ones, and those reserved since."""
-        return self._num_tokens
+        """Tokens that have a slot: committed ones, and those reserved since. What it was when closed or put away."""
+        return self._num_tokens if self._row >= 0 else self._counts_at_end[0]
 
     @property
     def num_committed(self) -> int:
         """Tokens whose ids are known."""
-        return self._tokens.size
+        return self._num_committed if self._row >= 0 else self._counts_at_end[1]
 
     @property
     def num_cached_tokens(self) -> int:
@@ -84,15 +123,19 @@ class Sequence:
 
     @property
     def page_ids(self) -> tuple[int, ...]:
-        """Its pages in order of position."""
+        """Its pages in order of position; -1 where a window gave one back."""
         with self._ledger.lock:
-            return tuple(self._pages.view().tolist())
+            return tuple(self.row_pages().tolist())
+
+    def row_pages(self) -> PageArray:
+        """The same as an array, a view that is valid until the next call of the manager: for inspection."""
+        return self._page_view() if self._row >= 0 else np.empty(0, np.int32)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Ids of the committed tokens."""
+        """Ids of the committed tokens; none once it is closed."""
         with self._ledger.lock:
-            return tuple(self._tokens.view().tolist())
+            return tuple(self._rows.tokens.view(self._row).tolist()) if self._row >= 0 else ()
 
     @property
     def namespace(self) -> Namespace:
@@ -100,14 +143,34 @@ class Sequence:
         return self._namespace
 
     @property
+    def window(self) -> int | None:
+        """How many tokens the next one sees, itself included; None for all."""
+        return self._window
+
+    @property
+    def num_pages_given_back(self) -> int:
+        """Leading pages that the window has left."""
+        return int(self._rows.first_page.item(self._row)) if self._row >= 0 else 0
+
+    @property
+    def state(self) -> SequenceState:
+        """Where its keys and values are."""
+        return self._state
+
+    @property
     def is_closed(self) -> bool:
-        """True once it gave its pages back."""
-        return self._is_closed
+        """True once it gave its pages back for good."""
+        return self._state == "closed"
 
     @property
     def lock_handle(self) -> CacheHandle | None:
         """What it locks of the prefix cache, for inspection."""
         return self._handle
+
+    @property
+    def cache(self) -> PrefixCache | None:
+        """Where its namespace is cached, for inspection."""
+        return self._cache
 
     def append(self, num_tokens: int) -> torch.Tensor:
         """Reserves the next `num_tokens` tokens and returns their slots, int64 [num_tokens] on the pool's device.
@@ -120,14 +183,14 @@ class Sequence:
         check_int("num_tokens", num_tokens, minimum=1)
         with self._ledger:
             self._check_open("append")
-            return self._append(num_tokens)
+            return self._to_tensor(self._append(num_tokens))
 
     def try_append(self, num_tokens: int) -> torch.Tensor | None:
         """The same, or None when there are too few pages."""
         check_int("num_tokens", num_tokens, minimum=1)
         with self._ledger:
             self._check_open("try_append")
-            return self._append(num_tokens) if self._fits(num_tokens) else None
+            return self._to_tensor(self._append(num_tokens)) if self._fits(num_tokens) else None
 
     def can_append(self, num_tokens: int) -> bool:
         """True when `append(num_tokens)` would find its pages now."""
@@ -144,7 +207,7 @@ class Sequence:
         When:   after the keys and values of these tokens are written.
         Raises: ValueError for another length, or ids that differ from the committed ones; nothing has changed then.
         """
-        ids = as_token_ids("token_ids", token_ids)
+        ids = as_token_array("token_ids", token_ids)
         with self._ledger:
             self._check_open("commit")
             new_ids = self._new_ids(ids)
@@ -160,38 +223,58 @@ class Sequence:
         """
         with self._ledger:
             self._check_open("fork")
-            child = Sequence(self._ledger, self._namespace, self._tokens.view(), self._pages.view(), self._handle)
-            child._num_tokens = self._num_tokens
+            rows, row, cache = self._rows, self._row, self._cache
+            if cache is not None and self._handle is not None:
+                cache.lock(self._handle)
+            self._ledger.allocator.retain(self._own_pages())
+            tokens, pages = rows.tokens.view(row), self._page_view()
+            child = Sequence(self._ledger, self._namespace, tokens, pages, self._handle, self._window)
+            for array in (rows.num_tokens, rows.published, rows.first_page, rows.is_new):
+                array[child._row] = array[row]
             child._num_cached_tokens = self._num_cached_tokens
-            child._published = self._published
-            self._ledger.allocator.retain(self._pages.view())
-            if self._ledger.cache is not None and self._handle is not None:
-                self._ledger.cache.lock(self._handle)
+            child._priority = self._priority
+            # Their last page is shared now, which whoever plans a step must see.
+            rows.changed(row)
             return child
 
     def truncate(self, num_tokens: int) -> None:
         """Forgets all tokens from `num_tokens` on, committed or not, and gives back pages that held only those.
 
         When:   rejected draft tokens of speculative decoding. What was published stays in the prefix cache.
+        Raises: ValueError when the tokens that are left would see pages that a window gave back.
         """
         check_int("num_tokens", num_tokens, minimum=0)
         with self._ledger:
             self._check_open("truncate")
             if num_tokens > self._num_tokens:
                 raise ValueError(f"num_tokens must be at most {self._num_tokens} (the sequence), got {num_tokens}.")
-            self._truncate(num_tokens)
+            gone = self._rows.first_page.item(self._row) * self._ledger.page_size
+            if gone and self._window is not None and num_tokens < gone + self._window - 1:
+                raise ValueError(
+                    f"num_tokens must be at least {gone + self._window - 1}, whose window begins behind the pages that "
+                    f"were given back, got {num_tokens}. Open the sequence again."
+                )
+            self._cut(num_tokens)
+            self._num_cached_tokens = min(self._num_cached_tokens, self._rows.published.item(self._row))
 
     def close(self) -> None:
-        """Gives its pages back: published ones stay cached, others are free unless a fork names them. Idempotent."""
+        """Gives its pages back: published ones stay cached, others are free unless a fork names them. Idempotent.
+
+        What a tier keeps of it is dropped there.
+        """
         with self._ledger:
-            if self._is_closed:
+            if self.is_closed:
                 return
-            self._publish_behind_duplicates()
-            self._move_lock(None)
-            self._ledger.allocator.release(self._pages.view())
+            if self._ticket is not None:
+                tier, ticket = self._ticket
+                tier.drop(ticket)
+                self._ticket = None
+            self._counts_at_end = self._num_tokens, self._num_committed
+            if self._state == "on pages":
+                self._give_back_all(self._publish_behind_duplicates())
             del self._ledger.live[id(self)]
-            self._pages.truncate(0)
-            self._is_closed = True
+            self._rows.remove(self._row)
+            self._state, self._row = "closed", -1
 
     def __copy__(self) -> Sequence:
         raise TypeError("a sequence must be forked to have a second one, got a call of copy. Use fork().")
@@ -209,169 +292,48 @@ class Sequence:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._is_closed else f"{self._pages.size} pages"
-        return f"Sequence({self._num_tokens} tokens, {self.num_committed} committed, {state})"
+        where = f"{self._num_pages} pages" if self._state == "on pages" else self._state
+        return f"Sequence({self.num_tokens} tokens, {self.num_committed} committed, {where})"
 
     def _check_open(self, call: str) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise ValueError(f"a sequence must be open for {call}, got a closed one. Open a new one.")
+        if self._state != "on pages":
+            raise ValueError(
+                f"a sequence must be on pages for {call}, got one that is {self._state}. "
+                "Call KVCacheManager.swap_in first."
+            )
 
-    def _pages_to_add(self, num_tokens: int) -> tuple[int, bool]:
-        """New pages that `num_tokens` more tokens need, and whether the last page must be replaced by a copy too."""
-        page_size = self._ledger.page_size
-        num_new = -(-(self._num_tokens + num_tokens) // page_size) - self._pages.size
-        is_partial = self._num_tokens % page_size != 0
-        return num_new, is_partial and self._ledger.allocator.num_owners(self._last_page()) > 1
+    def _put_away(self, state: SequenceState, ticket: tuple[SwapTier, Any] | None) -> None:
+        """Gives all pages back as a close does, and stays alive without."""
+        self._num_pages_behind = self._rows.first_page.item(self._row)
+        self._give_back_all(self._publish_behind_duplicates())
+        self._state, self._ticket = state, ticket
 
-    def _fits(self, num_tokens: int) -> bool:
-        num_new, must_copy = self._pages_to_add(num_tokens)
-        return self._ledger.can_obtain(num_new + must_copy)
+    def _come_back(self) -> None:
+        """On pages again, which the row names."""
+        self._state, self._ticket = "on pages", None
+        self._rows.changed(self._row)
 
-    def _append(self, num_tokens: int) -> torch.Tensor:
-        ledger, page_size = self._ledger, self._ledger.page_size
-        num_new, must_copy = self._pages_to_add(num_tokens)
-        if num_new or must_copy:
-            pages = ledger.obtain(num_new + must_copy)
-            if must_copy:
-                self._replace_last_page(pages)
-                pages = pages[1:]
-            self._pages.extend(pages)
-        start = self._num_tokens
-        self._num_tokens += num_tokens
-        offsets = np.arange(start % page_size, start % page_size + num_tokens, dtype=np.int64)
-        pages = self._pages.view(start // page_size)
-        slots = pages[offsets // page_size] * np.int64(page_size) + offsets % page_size
-        return torch.from_numpy(slots).to(ledger.device)
+    def _to_tensor(self, slots: npt.NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(slots)
+        return tensor if self._ledger.is_on_cpu else tensor.to(self._ledger.device)
 
-    def _replace_last_page(self, obtained: PageArray) -> None:
-        """Puts a copy of the last page, on obtained[0], in its place; gives `obtained` back if the copy fails."""
-        ledger, shared = self._ledger, self._last_page()
-        try:
-            ledger.copy_page(shared, int(obtained[0]))
-        except BaseException:
-            ledger.allocator.free(obtained)
-            raise
-        self._pages.put(self._pages.size - 1, obtained[:1])
-        self._lock_up_to(self._num_tokens // ledger.page_size * ledger.page_size)
-        ledger.allocator.release([shared])
-
-    def _new_ids(self, ids: TokenArray) -> TokenArray:
+    def _new_ids(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The ids of `ids` that are not committed yet."""
-        committed, pending = self.num_committed, self._num_tokens - self.num_committed
+        committed, num_tokens = self._num_committed, self._num_tokens
+        pending = num_tokens - committed
         if 1 <= ids.shape[0] <= pending:
             return ids
-        if not committed or ids.shape[0] != self._num_tokens:
+        if not committed or ids.shape[0] != num_tokens:
             wanted = f"the next 1..{pending} ids" if pending else "no more ids (append first)"
-            raise ValueError(
-                f"token_ids must be {wanted} or all {self._num_tokens} of the sequence, got {ids.shape[0]} ids."
-            )
-        differs = ids[:committed] != self._tokens.view()
+            raise ValueError(f"token_ids must be {wanted} or all {num_tokens} of the sequence, got {ids.shape[0]} ids.")
+        known = self._rows.tokens.view(self._row)
+        differs = ids[:committed] != known
         if differs.any():
             position = int(differs.argmax())
             raise ValueError(
                 f"token_ids must begin with the committed ids, got {ids[position]} instead of "
-                f"{self._tokens.view()[position]} at position {position}."
+                f"{known[position]} at position {position}."
             )
         return ids[committed:]
-
-    def _check_as_forks_committed(self, new_ids: TokenArray) -> None:
-        """Refuses other ids than a fork has published already for a page that both name."""
-        committed, cache = self.num_committed, self._ledger.cache
-        if cache is None or self._handle is None or self._handle.num_tokens <= committed:
-            return
-        known = cache.locked_tokens(self._handle, committed)[: new_ids.shape[0]]
-        differs = known != new_ids[: known.shape[0]]
-        if differs.any():
-            position = int(differs.argmax())
-            raise ValueError(
-                f"token_ids must be those that a fork committed for the same pages, got {new_ids[position]} instead of "
-                f"{known[position]} at position {committed + position}. Fork before the tokens are appended."
-            )
-
-    def _commit(self, new_ids: TokenArray) -> None:
-        # The ids are put behind the committed ones but do not count until publishing them, which can refuse, is done.
-        self._tokens.put(self.num_committed, new_ids)
-        num_committed = self.num_committed + new_ids.shape[0]
-        full = num_committed // self._ledger.page_size * self._ledger.page_size
-        if full > self._published:
-            self._publish(full)
-            self._published = full
-        self._tokens.size = num_committed
-
-    def _publish(self, stop: int) -> None:
-        """Offers tokens [end of the lock, stop) to the prefix cache, and locks what it took.
-
-        Starts at the lock, not at `published`: duplicates in between are taken when the cache has dropped its own.
-        """
-        ledger, page_size = self._ledger, self._ledger.page_size
-        cache = ledger.cache
-        start = 0 if self._handle is None else self._handle.num_tokens
-        if cache is None or start >= stop:
-            return
-        ids, pages = self._tokens.view(start, stop), self._pages.view(start // page_size, stop // page_size)
-        if self._handle is None:
-            result = cache.insert(ids, pages, self._namespace, only_new=True)
-        else:
-            result = cache.extend(self._handle, ids, pages, only_new=True)
-        if result.num_cached == 0:
-            ledger.allocator.retain(pages)
-            self._move_lock(result.handle)
-            if (ledger.allocator.owner_counts_of(pages) > 2).any():
-                self._lock_for_forks(result.handle)
-
-    def _publish_behind_duplicates(self) -> None:
-        """Before a close: leaves the cache what it does not have, on top of its own pages for what it has."""
-        ledger, page_size = self._ledger, self._ledger.page_size
-        start = 0 if self._handle is None else self._handle.num_tokens
-        pages = self._pages.view(0, self._published // page_size)
-        # A page that a fork names stays unpublished: the fork does not lock it, and publishes it itself.
-        is_mine = ledger.allocator.owner_counts_of(pages[start // page_size :]) == 1
-        if ledger.cache is None or not is_mine.size or not is_mine.all():
-            return
-        result = ledger.cache.insert(self._tokens.view(0, self._published), pages, self._namespace)
-        ledger.allocator.retain(pages[result.num_cached // page_size :])
-
-    def _lock_for_forks(self, handle: CacheHandle) -> None:
-        """Extends the locks of sequences that name pages which were just published: forks made before the commit."""
-        cache, page_size = self._ledger.cache, self._ledger.page_size
-        for fork in self._ledger.live.values():
-            if fork is self or cache is None:
-                continue
-            num_shared = common_prefix_len(fork._pages.view(), self._pages.view(0, handle.num_tokens // page_size))
-            if num_shared * page_size > (0 if fork._handle is None else fork._handle.num_tokens):
-                fork._move_lock(cache.ancestor(handle, num_shared * page_size))
-
-    def _truncate(self, num_tokens: int) -> None:
-        ledger, page_size = self._ledger, self._ledger.page_size
-        kept = -(-num_tokens // page_size)
-        released = self._pages.view(kept).copy()
-        self._pages.truncate(kept)
-        self._num_tokens = num_tokens
-        if num_tokens < self.num_committed:
-            self._tokens.truncate(num_tokens)
-            self._published = min(self._published, num_tokens // page_size * page_size)
-            self._num_cached_tokens = min(self._num_cached_tokens, self._published)
-        # A last page that is cut inside and in the cache is still named, so it stays locked until append replaces it.
-        keeps_cached_tail = ledger.cache is not None and ledger.cache.holds(self._pages.view()[-1:]).any()
-        self._lock_up_to(kept * page_size if keeps_cached_tail else num_tokens // page_size * page_size)
-        ledger.allocator.release(released)
-
-    def _lock_up_to(self, num_tokens: int) -> None:
-        """Takes the end of the lock back to `num_tokens` where it reaches further."""
-        cache = self._ledger.cache
-        if cache is None or self._handle is None or self._handle.num_tokens <= num_tokens:
-            return
-        self._move_lock(cache.ancestor(self._handle, num_tokens) if num_tokens else None)
-
-    def _move_lock(self, handle: CacheHandle | None) -> None:
-        """Locks before it unlocks, so that what both cover is never evictable in between."""
-        cache, old = self._ledger.cache, self._handle
-        if cache is not None:
-            if handle is not None:
-                cache.lock(handle)
-            if old is not None:
-                cache.unlock(old)
-        self._handle = handle
-
-    def _last_page(self) -> int:
-        return int(self._pages.view(self._pages.size - 1)[0])

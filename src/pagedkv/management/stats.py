@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Counters", "ManagerStats"]
+import numpy as np
+
+if TYPE_CHECKING:
+    from .ledger import PageLedger
+
+__all__ = ["Counters", "ManagerStats", "count_pages"]
 
 
 @dataclass
@@ -22,21 +28,25 @@ class Counters:
 class ManagerStats:
     """The state of a manager at one moment, in pages unless the name says otherwise.
 
-    free + owned + cached is num_pages: a page has no owner, is named by a live sequence, or is held by the prefix cache
-    alone. `shared` pages are named by two or more sequences. `published` pages are in the prefix cache, named or not;
-    `evictable` ones can be freed for an append at once. slots_reserved and tokens are summed over sequences, so a page
-    that three sequences name counts three times: 1 - tokens / slots_reserved is what last pages waste.
+    free + owned + cached + reserved is num_pages: a page has no owner, is named by a live sequence, is held by the
+    prefix cache alone (or waits to be copied from), or is nobody's. `shared` pages are named by two or more sequences.
+    `published` pages are in the prefix cache, named or not; `evictable` ones can be freed for an append at once; the
+    cached pages that cannot are pinned. num_away sequences are swapped out or dropped. slots_reserved and tokens are
+    summed over the others, without what a window gave back, so a page that three sequences name counts three times:
+    slots_unused of the slots hold no token.
     """
 
     num_pages: int
     page_size: int
     num_sequences: int
+    num_away: int
     free: int
     owned: int
     shared: int
     cached: int
     published: int
     evictable: int
+    reserved: int
     slots_reserved: int
     tokens: int
     lookups: int
@@ -46,6 +56,35 @@ class ManagerStats:
     copied_pages: int
 
     @property
+    def slots_unused(self) -> int:
+        """Reserved slots without a token: the rest of last pages."""
+        return self.slots_reserved - self.tokens
+
+    @property
     def hit_rate(self) -> float:
         """Part of the tokens asked for by `open` that the prefix cache had, 0 when none were."""
         return self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0
+
+
+def count_pages(ledger: PageLedger) -> ManagerStats:
+    """Counts now; the caller holds the lock. Cost: a pass over the pages that sequences name."""
+    named, allocator, rows = ledger.num_named(), ledger.allocator, ledger.rows
+    on_pages = np.array([seq._row for seq in ledger.live.values() if seq.state == "on pages"], np.int64)
+    gone = int(rows.first_page[on_pages].sum())
+    owned = int(np.count_nonzero(named))
+    return ManagerStats(
+        num_pages=allocator.num_pages,
+        page_size=ledger.page_size,
+        num_sequences=len(ledger.live),
+        num_away=len(ledger.live) - on_pages.shape[0],
+        free=allocator.num_free,
+        owned=owned,
+        shared=int(np.count_nonzero(named > 1)),
+        cached=allocator.num_pages - allocator.num_free - owned - allocator.num_reserved,
+        published=sum(cache.num_cached_pages for cache in ledger.caches()),
+        evictable=ledger.num_evictable,
+        reserved=allocator.num_reserved,
+        slots_reserved=(int(rows.pages.size[on_pages].sum()) - gone) * ledger.page_size,
+        tokens=int(rows.num_tokens[on_pages].sum()) - gone * ledger.page_size,
+        **vars(ledger.counters),
+    )

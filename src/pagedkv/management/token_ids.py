@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,20 +11,36 @@ import torch
 
 from ..shapes import dtype_name
 
-__all__ = ["TokenArray", "TokenIds", "as_token_ids"]
+__all__ = ["DLPackTensor", "TokenArray", "TokenIds", "as_plain_token_array", "as_token_array", "as_token_ids"]
+
+
+@runtime_checkable
+class DLPackTensor(Protocol):
+    """A tensor of any library that speaks DLPack."""
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any:
+        """Its memory, as a capsule."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        """Where it is; (1, 0) is the CPU."""
+
 
 TokenArray = npt.NDArray[np.int64]
-TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
-
-_INTEGERS = ("int32", "int64")
+TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor | DLPackTensor
 
 
 def as_token_ids(name: str, token_ids: TokenIds) -> TokenArray:
     """`token_ids` as a contiguous int64 array, which may be a view of the caller's: copy what is kept.
 
-    Shapes: token_ids [n]: a list, tuple or range of ints, an int32 or int64 numpy array or CPU tensor; no id below 0.
+    Shapes: token_ids [n]: a list, tuple or range of ints, an int32 or int64 numpy array, or a tensor of torch or any
+            library that speaks DLPack, on the CPU; no id below 0.
     Raises: TypeError, ValueError for anything else.
     """
+    return np.ascontiguousarray(as_token_array(name, token_ids), dtype=np.int64)
+
+
+def as_token_array(name: str, token_ids: TokenIds) -> npt.NDArray[Any]:
+    """The same as int32 or int64, whichever the caller has: nothing is converted but lists."""
     if isinstance(token_ids, torch.Tensor):
         if token_ids.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {token_ids.device}.")
@@ -35,18 +51,38 @@ def as_token_ids(name: str, token_ids: TokenIds) -> TokenArray:
         array = token_ids
     elif isinstance(token_ids, (list, tuple, range)):
         array = _array_of_ints(name, token_ids)
+    elif isinstance(token_ids, DLPackTensor):
+        array = _array_of_tensor(name, token_ids)
     else:
         raise TypeError(
             f"{name} must be a list of ints, a numpy array or a torch tensor, got {type(token_ids).__name__}."
         )
     if array.ndim != 1:
         raise ValueError(f"{name} must have shape [n], got {list(array.shape)}.")
-    if array.dtype.name not in _INTEGERS:
+    if array.dtype.kind != "i" or array.dtype.itemsize < 4:
         raise TypeError(f"{name} must have dtype int32 or int64, got {array.dtype.name}.")
     if array.size and array.min() < 0:
         position = int((array < 0).argmax())
         raise ValueError(f"{name} must be 0 or more, got {array[position]} at position {position}.")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.ascontiguousarray(array)
+
+
+def as_plain_token_array(name: str, token_ids: TokenIds) -> npt.NDArray[Any]:
+    """The same in memory that native code reads as it lies: in the order of bytes of this machine, and aligned.
+
+    A read-only array is copied too, because DLPack cannot say that it is.
+    """
+    array = as_token_array(name, token_ids)
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "W"])
+
+
+def _array_of_tensor(name: str, tensor: DLPackTensor) -> npt.NDArray[Any]:
+    if int(tensor.__dlpack_device__()[0]) != 1:
+        raise ValueError(f"{name} must be on the CPU, got a {type(tensor).__name__} on another device.")
+    try:
+        return np.from_dlpack(tensor)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} must have dtype int32 or int64, got a {type(tensor).__name__}: {error}") from error
 
 
 def _array_of_ints(name: str, token_ids: Sequence[int]) -> npt.NDArray[Any]:

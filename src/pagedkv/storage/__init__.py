@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .host import HostPageStore
 from .mla_pool import MLAPool
 from .page_table import PageTable
 from .pool import KVPool
 from .tiles import HostTileCache, TileCache, TileKey, TilePageTable
 
-__all__ = ["HostTileCache", "KVPool", "MLAPool", "PageTable", "TileCache", "TileKey", "TilePageTable"]
+__all__ = ["HostPageStore", "HostTileCache", "KVPool", "MLAPool", "PageTable", "TileCache", "TileKey", "TilePageTable"]

@@ -70,7 +70,7 @@ class HostPageStore:
             raise ValueError(f"pages must have shape {list(held.shape)} (as saved), got {list(pages.shape)}.")
         is_wanted = pages.cpu() >= 0
         wanted = pages[is_wanted.to(pages.device)]
-        if wanted.unique().shape != wanted.shape:
+        if len(set(wanted.tolist())) != wanted.shape[0]:
             raise ValueError("pages must name each page once, got one twice.")
         for device_pages, host_pages in self._pairs:
             _copy(host_pages, device_pages, held[is_wanted], wanted)

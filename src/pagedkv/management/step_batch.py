@@ -1,0 +1,89 @@
+"""What a step over many sequences needs: slots, page table and plan inputs, as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..storage import PageTable
+from .allocator import PageArray
+
+__all__ = ["BookedTable", "DenseTables", "StepBatch"]
+
+
+class DenseTables(Protocol):
+    """What keeps the dense form from step to step."""
+
+    @property
+    def table_version(self) -> int:
+        """Differs after every change of the table."""
+
+    def dense_table(self) -> torch.Tensor:
+        """The dense form for the last step."""
+
+
+@dataclass(eq=False, slots=True)
+class StepBatch:
+    """The reservation of one step, packed by sequence in the order they were given.
+
+    slot_mapping: [T] int64, where the new keys and values go: `store_kv`.
+    query_indptr: [S + 1] int32, which of the T new tokens are each sequence's: `plan_attention`.
+    page_table:   CSR, fresh in every step: a later step does not change it. The positions of pages that a window has
+                  given back name page 0; attention with that window reads none of them.
+    """
+
+    slot_mapping: torch.Tensor
+    query_indptr: torch.Tensor
+    page_table: PageTable
+    _tables: DenseTables = field(repr=False)
+    _version: int = field(repr=False)
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """Tokens of each sequence, the new ones included: [S] int32."""
+        return self.page_table.seq_lens
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return self.slot_mapping.shape[0]
+
+    def dense_table(self) -> torch.Tensor:
+        """The dense form [S, M] int32, -1 for unused, as a view of one buffer that later steps write their changes to.
+
+        When: before the next step, which keeps it up to date from the first call on. -1 also where a window has given
+              a page back.
+        Raises: ValueError after a step that changed the table.
+        """
+        if self._tables.table_version != self._version:
+            raise ValueError("the dense table must be asked for before the next step, got a step that is over.")
+        return self._tables.dense_table()
+
+
+class BookedTable(PageTable):
+    """A page table of arrays that the books vouch for and nobody writes to any more: neither copied nor checked.
+
+    Its largest page is not looked for: `max_page` bounds it, and attention refuses a pool without that page.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        indptr: PageArray,
+        indices: PageArray,
+        last_page_len: PageArray,
+        seq_lens: PageArray,
+        page_size: int,
+        max_page: int,
+        device: torch.device,
+    ) -> None:
+        self.indptr, self.indices = torch.from_numpy(indptr), torch.from_numpy(indices)
+        self.last_page_len, self._seq_lens = torch.from_numpy(last_page_len), torch.from_numpy(seq_lens)
+        if device.type != "cpu":
+            self.indptr, self.indices = self.indptr.to(device), self.indices.to(device)
+            self.last_page_len, self._seq_lens = self.last_page_len.to(device), self._seq_lens.to(device)
+        self.page_size = page_size
+        self._max_page = max_page

@@ -1,0 +1,272 @@
+import numpy as np
+import pytest
+import torch
+
+from pagedkv import (
+    KVCacheManager,
+    KVCacheSpec,
+    KVPool,
+    OutOfPagesError,
+    PageTable,
+    paged_attention,
+    plan_attention,
+)
+
+
+def make_manager(num_pages=16, page_size=4, **options):
+    return KVCacheManager(num_pages, page_size=page_size, debug=True, **options)
+
+
+def opened(manager, num_tokens, first_id=0):
+    seq = manager.open([])
+    if num_tokens:
+        seq.append(num_tokens)
+        seq.commit(np.arange(first_id, first_id + num_tokens, dtype=np.int32))
+    return seq
+
+
+def same_table(table, seqs):
+    expected = PageTable.from_rows(
+        [seq.page_ids for seq in seqs], [seq.num_tokens for seq in seqs], seqs[0]._ledger.page_size
+    )
+    for name in ("indptr", "last_page_len", "seq_lens"):
+        assert torch.equal(getattr(table, name), getattr(expected, name)), name
+    assert table.indices[: table.indptr[-1]].tolist() == expected.indices.tolist()
+    assert torch.equal(table.to_dense(), expected.to_dense())
+
+
+def test_one_token_each_gives_what_the_step_needs():
+    manager = make_manager()
+    seqs = [opened(manager, 4), opened(manager, 0), opened(manager, 6, 50)]
+    step = manager.batch(seqs)
+    # Pages 0, 1 and 2 are taken, the new ones are 3 and 4; the third sequence writes on in page 2.
+    assert step.slot_mapping.tolist() == [12, 16, 10]
+    assert step.slot_mapping.dtype == torch.int64
+    assert (step.query_indptr.tolist(), step.seq_lens.tolist(), step.num_tokens) == ([0, 1, 2, 3], [5, 1, 7], 3)
+    same_table(step.page_table, seqs)
+    assert torch.equal(step.page_table.slot_mapping(step.query_indptr), step.slot_mapping)
+
+
+@pytest.mark.parametrize("as_what", [list, np.array, torch.tensor])
+def test_several_tokens_each(as_what):
+    manager = make_manager()
+    seqs = [opened(manager, 3), opened(manager, 0), opened(manager, 6, 50)]
+    step = manager.batch(seqs, as_what([6, 1, 2]))
+    assert step.query_indptr.tolist() == [0, 6, 7, 9]
+    assert step.seq_lens.tolist() == [9, 1, 8]
+    assert torch.equal(step.page_table.slot_mapping(step.query_indptr), step.slot_mapping)
+    same_table(step.page_table, seqs)
+    again = manager.batch(seqs, 5)
+    assert torch.equal(again.page_table.slot_mapping(again.query_indptr), again.slot_mapping)
+    same_table(again.page_table, seqs)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_steps_follow_one_another_and_leave_earlier_tables_alone(page_size):
+    manager = make_manager(200, page_size)
+    seqs = [opened(manager, number, 100 * number) for number in range(5)]
+    kept = []
+    for number in range(20):
+        step = manager.batch(seqs)
+        manager.commit(seqs, np.full(5, number, np.int32))
+        same_table(step.page_table, seqs)
+        dense = step.dense_table()
+        assert [[page for page in row if page >= 0] for row in dense.tolist()] == [[*seq.page_ids] for seq in seqs]
+        kept.append((step.page_table, step.page_table.indices.clone(), step.page_table.indptr.clone()))
+        if number == 7:
+            seqs[2].truncate(1)
+        if number == 9:
+            seqs[0].append(page_size)
+            seqs[0].commit([1] * page_size)
+        if number == 12:
+            seqs = [seqs[4], *seqs[:3], opened(manager, 2, 900)]
+    for table, indices, indptr in kept:
+        assert torch.equal(table.indices, indices)
+        assert torch.equal(table.indptr, indptr)
+
+
+def test_dense_table_is_one_buffer_that_is_written_where_it_changed():
+    manager = make_manager(40, 2)
+    seqs = [opened(manager, 2), opened(manager, 3, 50)]
+    first = manager.batch(seqs).dense_table()
+    before = first.clone()
+    step = manager.batch(seqs)
+    second = step.dense_table()
+    assert first.data_ptr() == second.data_ptr()
+    assert (before[0].tolist(), second[0, :2].tolist()) == ([0, 3], [0, 3])
+    manager.batch(seqs, 2)
+    with pytest.raises(ValueError, match="must be asked for before the next step, got a step that is over"):
+        step.dense_table()
+
+
+def test_all_or_nothing():
+    manager = make_manager(4, 4)
+    seqs = [opened(manager, 4), opened(manager, 4, 50), opened(manager, 3, 70)]
+    assert not manager.can_batch(seqs)
+    before = [seq.page_ids for seq in seqs], manager.stats()
+    with pytest.raises(OutOfPagesError, match="cannot allocate 2 pages: 1 free"):
+        manager.batch(seqs)
+    assert before == ([seq.page_ids for seq in seqs], manager.stats())
+    assert manager.can_batch(seqs[1:])
+    assert manager.batch(seqs[1:]).slot_mapping.tolist() == [12, 11]
+
+
+def test_a_step_copies_shared_last_pages_in_one_call():
+    spec = KVCacheSpec(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, dtype=torch.float32)
+    pool = KVPool(spec, 8)
+    pool.buffer.zero_()
+    calls = []
+    copy_pages = pool.copy_pages
+    pool.copy_pages = lambda src, dst: (calls.append((src.tolist(), dst.tolist())), copy_pages(src, dst))
+    manager = KVCacheManager(pool, debug=True)
+    first = opened(manager, 6)
+    pool.key_pages(1)[1] = 5.0
+    seqs = [first, first.fork(), first.fork()]
+    step = manager.batch(seqs)
+    assert calls == [([1, 1], [2, 3])]
+    # The last one that names the page writes in place.
+    assert [seq.page_ids for seq in seqs] == [(0, 2), (0, 3), (0, 1)]
+    assert step.slot_mapping.tolist() == [10, 14, 6]
+    assert (pool.key_pages(1)[1:4] == 5.0).all()
+    same_table(step.page_table, seqs)
+
+
+def test_a_copy_that_fails_leaves_the_step_undone():
+    class BrokenPool:
+        num_pages, page_size, device = 6, 4, torch.device("cpu")
+
+        def copy_pages(self, src, dst):
+            raise RuntimeError("no device")
+
+    manager = KVCacheManager(BrokenPool(), debug=True)
+    first = opened(manager, 2)
+    seqs = [first, first.fork(), opened(manager, 4, 50)]
+    with pytest.raises(RuntimeError, match="no device"):
+        manager.batch(seqs)
+    assert [seq.num_tokens for seq in seqs] == [2, 2, 4]
+    assert manager.num_free_pages == 4
+
+
+def test_a_published_page_that_was_cut_is_copied():
+    manager = make_manager()
+    seq = opened(manager, 8)
+    seq.truncate(6)
+    step = manager.batch([seq])
+    assert [pages.tolist() for pages in manager.take_copies()] == [[1], [2]]
+    assert step.slot_mapping.tolist() == [10]
+    assert manager.open(range(8)).page_ids == (0, 1)
+
+
+def test_commit_names_one_token_each_and_publishes_full_pages():
+    manager = make_manager()
+    seqs = [opened(manager, 3), opened(manager, 5, 50)]
+    manager.batch(seqs)
+    manager.commit(seqs, torch.tensor([3, 99]))
+    assert [seq.token_ids for seq in seqs] == [(0, 1, 2, 3), (50, 51, 52, 53, 54, 99)]
+    assert manager.open([0, 1, 2, 3]).num_cached_tokens == 4
+    with pytest.raises(ValueError, match="must have a reserved token without an id each, got none at position 0"):
+        manager.commit(seqs, [7, 7])
+    with pytest.raises(ValueError, match=r"token_ids must have shape \[S\] with S = 2 \(set by seqs\), got \[1\]"):
+        manager.commit(seqs, [7])
+
+
+@pytest.mark.parametrize(
+    "num_tokens, error, message",
+    [
+        (0, ValueError, "num_tokens must be at least 1, got 0"),
+        ([1, 0], ValueError, "num_tokens must be at least 1, got 0 at position 1"),
+        ([1], ValueError, r"num_tokens must be an int or have shape \[2\], got \[1\]"),
+        (True, TypeError, "num_tokens must be an int, got bool"),
+        ([1.0, 2.0], TypeError, "num_tokens must be ints, got float"),
+    ],
+)
+def test_number_of_tokens_is_checked(num_tokens, error, message):
+    manager = make_manager()
+    seqs = [opened(manager, 1), opened(manager, 1)]
+    with pytest.raises(error, match=message):
+        manager.batch(seqs, num_tokens)
+
+
+def test_sequences_are_checked_in_every_step():
+    manager, other = make_manager(), make_manager()
+    seqs = [opened(manager, 1), opened(manager, 1)]
+    manager.batch(seqs)
+    with pytest.raises(ValueError, match="seqs must be different sequences, got one twice"):
+        manager.batch([seqs[0], seqs[0]])
+    with pytest.raises(ValueError, match="must be sequences of this manager, got another's at position 1"):
+        manager.batch([seqs[0], opened(other, 1)])
+    manager.batch(seqs)
+    seqs[1].close()
+    # Its row belongs to somebody else now.
+    opened(manager, 1)
+    with pytest.raises(ValueError, match="must be open sequences for a step, got a closed one"):
+        manager.batch(seqs)
+    manager.drop(seqs[0])
+    with pytest.raises(ValueError, match="must be on pages for a step, got one that is dropped at position 0"):
+        manager.batch(seqs[:1])
+
+
+def test_a_step_of_nobody_is_empty():
+    step = make_manager().batch([])
+    assert (step.num_tokens, step.query_indptr.tolist(), step.page_table.num_seqs) == (0, [0], 0)
+    assert step.dense_table().shape == (0, 0)
+
+
+def test_a_sequence_that_joins_and_one_that_leaves():
+    manager = make_manager()
+    seqs = [opened(manager, 5), opened(manager, 5, 50), opened(manager, 5, 70)]
+    manager.batch(seqs)
+    seqs[1].close()
+    del seqs[1]
+    seqs.append(opened(manager, 3, 90))
+    same_table(manager.batch(seqs).page_table, seqs)
+
+
+def test_attention_over_the_table_of_a_step():
+    """The table is as good as one that was checked entry by entry."""
+    spec = KVCacheSpec(num_layers=1, num_kv_heads=2, head_dim=16, page_size=4, dtype=torch.float32)
+    pool = KVPool(spec, 12)
+    manager = KVCacheManager(pool)
+    seqs = [opened(manager, 5), opened(manager, 9, 50)]
+    pool.store(0, *torch.randn(2, 14, 2, 16), manager.page_table(seqs).slot_mapping(torch.tensor([0, 5, 14]).int()))
+    for num_tokens in (1, [2, 3]):
+        step = manager.batch(seqs, num_tokens)
+        pool.store(0, *torch.randn(2, step.num_tokens, 2, 16), step.slot_mapping)
+        checked = PageTable.from_rows([seq.page_ids for seq in seqs], step.seq_lens.tolist(), page_size=4)
+        query = torch.randn(step.num_tokens, 4, 16)
+        outputs = []
+        for table in (step.page_table, checked):
+            plan = plan_attention(step.query_indptr, table, num_q_heads=4, num_kv_heads=2, head_dim=16)
+            outputs.append(paged_attention(query, pool.key_pages(0), pool.value_pages(0), plan))
+        assert torch.equal(*outputs)
+
+
+def test_commit_of_some_sequences_leaves_the_table_of_the_step():
+    manager = make_manager()
+    seqs = [opened(manager, 3), opened(manager, 5, 50)]
+    step = manager.batch(seqs)
+    manager.commit(seqs[1:], [9])
+    assert (seqs[0].num_committed, seqs[1].num_committed) == (3, 6)
+    assert step.dense_table().shape == (2, 2)
+    with pytest.raises(ValueError, match="seqs must be different sequences, got one twice"):
+        manager.commit([seqs[0], seqs[0]], [1, 2])
+
+
+def test_an_interrupted_step_is_not_built_upon(monkeypatch):
+    manager = KVCacheManager(16, page_size=4)
+    seqs = [opened(manager, 4), opened(manager, 6, 50)]
+    manager.batch(seqs)
+    manager.commit(seqs, [1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr("pagedkv.management.step_planner.BookedTable", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            manager.batch(seqs)
+    for seq in seqs:
+        seq.truncate(seq.num_committed)
+    step = manager.batch(seqs)
+    same_table(step.page_table, seqs)
+    assert [seq.num_tokens for seq in seqs] == [6, 8]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
