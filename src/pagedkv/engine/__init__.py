@@ -6,6 +6,7 @@ Needs the extra `transformers`.
 from __future__ import annotations
 
 from .beam_search import BeamSearch, BeamStep, Hypothesis
+from .continuation import Continuation, ContinuationResult
 from .engine import Engine
 from .request import Request, RequestResult, RequestTimings, TokenEvent
 from .sampling import SamplingParams
@@ -15,6 +16,8 @@ from .tile_decoder import TileDecoder
 __all__ = [
     "BeamSearch",
     "BeamStep",
+    "Continuation",
+    "ContinuationResult",
     "Engine",
     "EngineStats",
     "Hypothesis",

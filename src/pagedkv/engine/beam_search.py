@@ -109,6 +109,11 @@ class BeamSearch:
         """Steps so far: the new tokens of each running beam."""
         return self._num_new_tokens
 
+    @property
+    def running(self) -> tuple[tuple[int, ...], ...]:
+        """The new tokens of each beam, in the order of the beams."""
+        return tuple(self._running)
+
     def step(self, logits: torch.Tensor) -> BeamStep:
         """Chooses each beam's next token by the logits of its last one.
 

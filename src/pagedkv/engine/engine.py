@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from ..integrations.transformers import PagedModel
+from ..kernels.backend import backends
 from ..management.manager import KVCacheManager
 from ..management.radix_cache import Namespace, namespace_key
-from ..shapes import check_int
+from ..shapes import check_choice, check_int
 from ..spec import KVCacheSpec
 from ..storage.pool import KVPool
+from .answers import Answers
+from .page_needs import longest_answer
 from .prompts import eos_token_ids, prompt_token_ids
-from .request import FinishReason, OnToken, Request, RequestResult, TokenEvent
+from .request import OnToken, Request, RequestResult
 from .runner import StepRunner
-from .sampling import SamplingParams
+from .sampling import SamplingParams, seed_of
 from .scheduler import Scheduler, Work
 from .stats import Counts, EngineStats, StepReport
 from .text import TextStream
@@ -35,7 +38,7 @@ class Engine:
 
     num_pages: of the pool; None is room for max_num_seqs whole contexts, at most 1 GiB. kv_dtype: of the pages, any of
             KVCacheSpec, int8 and float8 too; None is the model's. max_batch_tokens: of one step, prompts and decoding
-            together. seed: see SamplingParams.seed.
+            together. max_num_seqs: continuations that run at once. seed: see SamplingParams.seed.
     Owns:   the pool and its pages. The model is not changed; between steps it is as it was.
     Threads: any may submit and cancel; one call runs at a time. `on_token` is called by the thread that steps, and may
             submit and cancel.
@@ -66,6 +69,7 @@ class Engine:
         check_int("max_batch_tokens", max_batch_tokens, minimum=1)
         check_int("max_num_seqs", max_num_seqs, minimum=1)
         check_int("seed", seed, minimum=0)
+        check_choice("backend", backend, ("auto", *backends()))
         self._paged = PagedModel(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -75,6 +79,7 @@ class Engine:
         self.pool = KVPool(spec, num_pages, self._paged.device)
         self.manager = KVCacheManager(self.pool, prefix_cache=prefix_cache, eviction=eviction)
         self._scheduler = Scheduler(self.manager, max_batch_tokens, max_num_seqs, shares_prefixes=prefix_cache)
+        self._answers = Answers(self._scheduler, self.manager, tokenizer, self._note_end)
         self._eos = eos_token_ids(model)
         self._runner = StepRunner(self._paged, self.pool, self.manager, backend)
         self._seed = seed
@@ -121,20 +126,26 @@ class Engine:
             raise TypeError(f"params must be SamplingParams, got {type(params).__name__}.")
         if params.stop and self.tokenizer is None:
             raise ValueError("params.stop must be empty for an engine without a tokenizer. Pass tokenizer to Engine.")
+        if params.num_continuations > self._scheduler.max_num_seqs:
+            raise ValueError(
+                f"params must ask for at most {self._scheduler.max_num_seqs} continuations (max_num_seqs, "
+                f"max_batch_tokens), got {params.num_continuations}."
+            )
         ids = prompt_token_ids(prompt, self.tokenizer, self._paged.vocab_size)
         with self._lock:
             if self._is_closed:
                 raise ValueError("engine must be open for submit, got a closed one.")
             request = Request(self._num_submitted, ids, params, namespace, on_token, time.perf_counter())
-            self._prepare(request)
+            error = self._why_it_never_fits(request)
+            if error is None:
+                self._prepare(request)
             self._num_submitted += 1
             self._counts.num_requests += 1
             self._requests[request.id] = request
-            error = self._why_it_never_fits(request)
             if error is None:
                 self._scheduler.add(request)
             else:
-                self._finish(request, "error", error)
+                self._answers.finish(request, "error", error)
         return request
 
     def step(self) -> StepReport:
@@ -192,7 +203,7 @@ class Engine:
             found = self._requests.get(number)
             if found is None or (isinstance(request, Request) and found is not request):
                 return False
-            self._finish(found, "cancelled")
+            self._answers.finish(found, "cancelled")
             return True
 
     def stats(self) -> EngineStats:
@@ -224,7 +235,7 @@ class Engine:
         with self._lock:
             self._is_closed = True
             for request in list(self._requests.values()):
-                self._finish(request, "cancelled")
+                self._answers.finish(request, "cancelled")
             self.manager.evict()
 
     def __enter__(self) -> Engine:
@@ -237,18 +248,23 @@ class Engine:
 
     def _prepare(self, request: Request) -> None:
         """Fills in what the request needs of the engine: when it ends, its random numbers and its text."""
-        params = request.params
-        limits = [params.max_new_tokens, self.manager.num_pages * self.manager.page_size - len(request.prompt_ids) + 1]
+        params, num_prompt_tokens = request.params, len(request.prompt_ids)
+        pages = self.manager.num_pages, self.manager.page_size
+        limits = [params.max_new_tokens, longest_answer(num_prompt_tokens, params.num_continuations, *pages)]
         if self._paged.geometry.max_positions is not None:
-            limits.append(self._paged.geometry.max_positions - len(request.prompt_ids))
+            limits.append(self._paged.geometry.max_positions - num_prompt_tokens)
         request.max_new_tokens = min(limits)
         if not params.ignore_eos:
             request.stop_ids = self._eos if params.stop_token_ids is None else frozenset(params.stop_token_ids)
-        if not params.is_greedy:
-            seed = params.seed if params.seed is not None else (self._seed * 1_000_003 + request.id) % 2**64
-            request.generator = torch.Generator().manual_seed(seed)
-        if self.tokenizer is not None:
-            request.stream = TextStream(self.tokenizer, params.stop)
+        if params.num_beams > 1:
+            request.search = params.beam_search(request.max_new_tokens, request.stop_ids)
+            return
+        seed = params.seed if params.seed is not None else (self._seed * 1_000_003 + request.id) % 2**64
+        for continuation in request.continuations:
+            if not params.is_greedy:
+                continuation.generator = torch.Generator().manual_seed(seed_of(seed, continuation.index))
+            if self.tokenizer is not None:
+                continuation.stream = TextStream(self.tokenizer, params.stop)
 
     def _why_it_never_fits(self, request: Request) -> ValueError | None:
         num_tokens, capacity = len(request.prompt_ids), self.manager.num_pages * self.manager.page_size
@@ -271,7 +287,7 @@ class Engine:
         num_decode = sum(work.is_decode for work in schedule.works)
         num_prefill = sum(work.num_tokens for work in schedule.works) - num_decode
         for request, error in schedule.failed:
-            self._finish(request, "error", error)
+            self._answers.finish(request, "error", error)
         if schedule.works:
             self._execute(schedule.works)
         seconds = time.perf_counter() - started
@@ -282,91 +298,28 @@ class Engine:
         )
 
     def _execute(self, works: list[Work]) -> None:
-        """Computes the works together; when that fails, each alone, so that the error finds its request."""
+        """Computes the works together; when that fails, those of each request alone, so that the error finds it."""
         try:
-            tokens = self._runner.run(works)
+            output = self._runner.run(works)
         except Exception as error:  # noqa: BLE001 - whatever a model raises is the answer of a request, not the engine's end
-            if len(works) == 1:
-                self._finish(works[0].request, "error", error)
-                return
+            of_request: dict[int, list[Work]] = {}
             for work in works:
-                if not work.request.finished:  # a callback of one before may have cancelled it
-                    slots = work.seq.append(work.num_tokens)
-                    self._execute([Work(work.request, work.seq, work.start, work.stop, slots)])
+                of_request.setdefault(work.request.id, []).append(work)
+            if len(of_request) == 1:
+                self._answers.finish(works[0].request, "error", error)
+                return
+            for own in of_request.values():
+                if not own[0].request.finished:  # a callback of one before may have cancelled it
+                    self._execute([replace(work, slots=work.seq.append(work.num_tokens)) for work in own])
             return
-        interruption: BaseException | None = None
-        for request, token in tokens:
-            if request.finished:
-                continue
-            try:
-                self._accept(request, token)
-            except Exception as error:  # noqa: BLE001 - a tokenizer's error is the answer of the request it happened in
-                self._finish(request, "error", error)
-            except BaseException as error:  # noqa: BLE001 - the tokens of the others are computed: they are taken first
-                interruption = interruption or error
-        if interruption is not None:
-            raise interruption
+        for work in works:
+            work.request.fork_followers()
+        self._answers.accept(output)
 
-    def _accept(self, request: Request, token: int) -> None:
-        """Adds a sampled token, tells the caller, and ends the request where it ends."""
-        if math.isnan(request.first_token_at):
-            request.first_token_at = time.perf_counter()
-        if token in request.stop_ids:
-            self._finish(request, "stop")
-            return
-        request.ids.append(token)
-        text, is_stopped = request.stream.push(token) if request.stream is not None else ("", False)
-        request.text += text
-        if is_stopped or request.num_new_tokens >= request.max_new_tokens:
-            self._finish(request, "stop" if is_stopped else "length", token_ids=(token,), text=text)
-        else:
-            self._emit(request, (token,), text)
-
-    def _finish(
-        self,
-        request: Request,
-        reason: FinishReason,
-        error: Exception | None = None,
-        *,
-        token_ids: tuple[int, ...] = (),
-        text: str = "",
-    ) -> None:
-        if request.finished:
-            return
-        self._scheduler.remove(request)
-        request.status, request.finish_reason, request.error = "finished", reason, error
-        request.finished_at = time.perf_counter()
+    def _note_end(self, request: Request) -> None:
         del self._requests[request.id]
         self._counts.num_finished += 1
         self._finished.append(request)
-        self._emit(request, token_ids, text + self._rest_of_text(request))
-
-    def _rest_of_text(self, request: Request) -> str:
-        """What the detokenizer held back, added to the text; a stop string may end in it."""
-        if request.stream is None:
-            return ""
-        try:
-            rest, is_stopped = request.stream.flush()
-        except Exception as error:  # noqa: BLE001 - a tokenizer's error is the request's answer
-            if request.error is None:
-                request.finish_reason, request.error = "error", error
-            return ""
-        request.text += rest
-        if is_stopped and request.finish_reason == "length":
-            request.finish_reason = "stop"
-        return rest
-
-    def _emit(self, request: Request, token_ids: tuple[int, ...], text: str) -> None:
-        if request.on_token is None:
-            return
-        try:
-            request.on_token(TokenEvent(request, token_ids, text, request.finished, request.finish_reason))
-        except Exception as error:  # noqa: BLE001 - a caller's error is its own request's answer
-            request.on_token = None
-            if request.finished:
-                request.finish_reason, request.error = "error", error
-            else:
-                self._finish(request, "error", error)
 
     def __repr__(self) -> str:
         name = type(self.model).__name__

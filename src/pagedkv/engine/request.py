@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from ..management.radix_cache import Namespace
-from ..management.sequence import Sequence
+from .beam_search import BeamSearch
+from .continuation import Continuation, ContinuationResult, FinishReason
 from .sampling import SamplingParams
-from .text import TextStream
 
-__all__ = ["FinishReason", "OnToken", "Request", "RequestResult", "RequestTimings", "TokenEvent"]
+__all__ = ["OnToken", "Request", "RequestResult", "RequestTimings", "TokenEvent"]
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
 Status = Literal["waiting", "running", "finished"]
 
 
@@ -34,8 +32,11 @@ class RequestTimings:
 class RequestResult:
     """What came of a request.
 
-    token_ids are without the EOS that ended it; text is without the stop string, and "" without a tokenizer.
-    num_cached_tokens: prompt tokens whose keys and values were in the prefix cache. error: set for the reason "error".
+    token_ids, text and finish_reason are of the first of `continuations`; the request's own reason, where it was
+    cancelled or ended in an error. token_ids are without the EOS that ended it; text is without the stop string, and
+    "" without a tokenizer. num_cached_tokens: prompt tokens whose keys and values were in the prefix cache. error: set
+    for the reason "error". continuations: params.n of them in order of their index, or best first where they are the
+    best of more; of a beam search, best first.
     """
 
     request_id: int
@@ -47,17 +48,22 @@ class RequestResult:
     num_cached_tokens: int
     num_preemptions: int
     timings: RequestTimings
+    continuations: tuple[ContinuationResult, ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What `on_token` gets: new tokens and text of a request; the last event of each request has `finished` set."""
+    """What `on_token` gets: new tokens and text of one continuation of a request.
+
+    The last event of each continuation has `finished` set, and its reason; `request.finished` says when all are.
+    """
 
     request: Request
     token_ids: tuple[int, ...]
     text: str
     finished: bool
     finish_reason: FinishReason | None
+    index: int = 0
 
 
 OnToken = Callable[[TokenEvent], None]
@@ -66,9 +72,9 @@ OnToken = Callable[[TokenEvent], None]
 class Request:
     """The handle of a submitted request. Callers read it; only the engine that made it changes it.
 
-    Tokens, in half-open intervals of `ids`, prompt and new tokens together:
-        [0, seq.num_committed)           computed: their keys and values are in pages
-        [seq.num_committed, len(ids))    to be computed; one token while decoding, more in prefill and after preemption
+    Continuations that have tokens in common, the prompt at first, have them computed by the first of them, the trunk:
+        [0, num_shared)      computed once, by the trunk; then the others fork its sequence
+        [num_shared, ...)    computed by each on pages of its own; a partly filled last page is copied on write
     """
 
     def __init__(
@@ -86,19 +92,16 @@ class Request:
         self.namespace = namespace
         self.on_token = on_token
         self.status: Status = "waiting"
-        self.text = ""
-        self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.continuations = [Continuation(self, index) for index in range(params.num_continuations)]
         # The engine's part.
-        self.ids = list(prompt_ids)
         self.prompt_array = np.array(prompt_ids, dtype=np.int64)
         self.max_new_tokens = params.max_new_tokens
         self.stop_ids: frozenset[int] = frozenset()
-        self.generator: torch.Generator | None = None
-        self.stream: TextStream | None = None
-        self.seq: Sequence | None = None
+        self.search: BeamSearch | None = None
+        self.num_shared = len(prompt_ids)
         self.submitted_at = submitted_at
         self.admitted_at = self.first_token_at = self.finished_at = math.nan
 
@@ -108,34 +111,77 @@ class Request:
         return self.status == "finished"
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended, None before."""
+        if not self.finished:
+            return None
+        if self.error is not None:
+            return "error"
+        is_cancelled = any(continuation.finish_reason == "cancelled" for continuation in self.continuations)
+        return "cancelled" if is_cancelled else self.returned()[0].finish_reason
+
+    @property
     def token_ids(self) -> list[int]:
-        """The new tokens so far, a copy."""
-        return self.ids[len(self.prompt_ids) :]
+        """The new tokens so far, a copy; of the first continuation where there are several."""
+        return self.returned()[0].token_ids
 
     @property
     def num_new_tokens(self) -> int:
-        """How many new tokens there are so far."""
-        return len(self.ids) - len(self.prompt_ids)
+        """How many new tokens there are so far; of the first continuation where there are several."""
+        return self.returned()[0].num_new_tokens
 
     @property
-    def num_computed(self) -> int:
-        """Tokens whose keys and values are in pages now."""
-        return 0 if self.seq is None else self.seq.num_committed
+    def text(self) -> str:
+        """The text so far; of the first continuation where there are several."""
+        return self.returned()[0].text
 
     @property
-    def num_uncomputed(self) -> int:
-        """Tokens to be computed before the next one can be sampled."""
-        return len(self.ids) - self.num_computed
+    def live(self) -> list[Continuation]:
+        """The continuations that are not finished."""
+        return [continuation for continuation in self.continuations if not continuation.finished]
+
+    @property
+    def followers(self) -> list[Continuation]:
+        """Those that wait for the trunk, the first of the live ones, to compute what they have in common."""
+        if len(self.continuations) == 1:  # most requests, several times a step
+            return []
+        return [continuation for continuation in self.live[1:] if continuation.seq is None]
+
+    def stop_of(self, continuation: Continuation) -> int:
+        """How many of its tokens a continuation has to compute: the trunk first those that its followers need too."""
+        return self.num_shared if self.followers else len(continuation.ids)
+
+    def fork_followers(self) -> None:
+        """Lets all continuations go on by themselves, once the trunk has computed what they have in common."""
+        followers = self.followers
+        trunk = self.live[0].seq if followers else None
+        if trunk is not None and trunk.num_committed >= self.num_shared:
+            for continuation in followers:
+                continuation.seq = trunk.fork()
+
+    def give_pages_back(self) -> None:
+        """Closes all sequences; the next admission begins with what the continuations now have in common."""
+        for continuation in self.continuations:
+            continuation.close()
+        self.num_shared = _num_common([continuation.ids for continuation in self.live] or [self.prompt_ids])
+
+    def returned(self) -> list[Continuation]:
+        """The continuations of the result: while it runs those that come first, in the end the best."""
+        if self.finished and self.params.num_continuations > self.params.num_returned and self.search is None:
+            ranked = sorted(self.continuations, key=lambda continuation: continuation.score, reverse=True)
+            return ranked[: self.params.num_returned]
+        return self.continuations[: self.params.num_returned]
 
     def result(self) -> RequestResult:
         """What came of it. Raises: ValueError before it is finished."""
         if self.finish_reason is None:
             raise ValueError(f"request {self.id} must be finished to have a result, got status {self.status!r}.")
+        results = tuple(continuation.result() for continuation in self.returned())
         return RequestResult(
             self.id,
             self.prompt_ids,
-            tuple(self.token_ids),
-            self.text,
+            results[0].token_ids,
+            results[0].text,
             self.finish_reason,
             self.error,
             self.num_cached_tokens,
@@ -145,10 +191,18 @@ class Request:
                 self.first_token_at - self.submitted_at,
                 self.finished_at - self.submitted_at,
             ),
+            results,
         )
 
     def __repr__(self) -> str:
+        several = f", {len(self.continuations)} continuations" if len(self.continuations) > 1 else ""
         return (
-            f"Request(id={self.id}, {self.status}, {len(self.prompt_ids)} prompt tokens, {self.num_new_tokens} new, "
-            f"finish_reason={self.finish_reason!r})"
+            f"Request(id={self.id}, {self.status}, {len(self.prompt_ids)} prompt tokens, {self.num_new_tokens} new"
+            f"{several}, finish_reason={self.finish_reason!r})"
         )
+
+
+def _num_common(texts: list[list[int]] | list[tuple[int, ...]]) -> int:
+    """Tokens that all texts begin with: as many as the first and the last in lexicographic order."""
+    low, high = min(texts), max(texts)
+    return next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
