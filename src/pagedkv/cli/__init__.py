@@ -1,4 +1,4 @@
-"""The command line: `pagedkv demo`, `generate`, `size` and `info`. It needs the extra `cli` (typer and rich)."""
+"""The command line: `pagedkv demo`, `generate`, `size`, `info`, `inspect`. It needs the extra `cli`: typer, rich."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -127,6 +129,41 @@ def size(
 
             spec = spec_of_config(load_config(model), dtype=dtype.torch_dtype, page_size=page_size, tp_size=tp)
         _print_rows(describe_size(spec, tp_size=tp, memory_bytes=memory_bytes, num_tokens=tokens))
+
+
+@app.command("inspect")
+def inspect_pages(
+    trace: Annotated[
+        str | None, typer.Argument(help="JSON lines of calls; - reads standard input. Default: the ten-page story.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the last state to this file instead.")] = None,
+    until: Annotated[int | None, typer.Option(min=0, help="Stop after this many steps.")] = None,
+    last: Annotated[bool, typer.Option("--last", help="Print the last state only.")] = False,
+    tree: Annotated[bool, typer.Option(help="Show the prefix cache's tree too.")] = True,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the map, and nodes of the tree.")] = 40,
+    width: Annotated[int | None, typer.Option(min=40, help="Characters a line. Default: the terminal's.")] = None,
+    color: Annotated[bool | None, typer.Option(help="Colours. Default: on a terminal, without NO_COLOR.")] = None,
+) -> None:
+    """Replay a trace and draw who owns which page: free, owned, shared, cached, pinned."""
+    with _readable_errors():
+        from .inspect import InspectOptions, read_trace, show_trace, write_picture
+
+        is_terminal = sys.stdout.isatty()
+        if color is None:
+            color = is_terminal and not os.environ.get("NO_COLOR")
+        columns = shutil.get_terminal_size().columns if is_terminal else 80
+        options = InspectOptions(width or max(40, columns), rows, color, tree, until, last)
+        steps = read_trace(trace)
+        if svg is not None:
+            typer.echo(write_picture(steps, options, svg))
+            return
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        show_trace(
+            steps,
+            options,
+            # A terminal that has no box-drawing characters shows question marks for them.
+            lambda text: typer.echo(text.encode(encoding, "replace").decode(encoding), color=options.color),
+        )
 
 
 @app.command()
