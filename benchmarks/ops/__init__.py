@@ -17,6 +17,7 @@ from . import (
     merge_states,
     paged_caching,
     plan_attention,
+    prefix_cache,
     softmax_table,
     store_kv,
     store_kv_quantized,
@@ -40,6 +41,7 @@ _OPS = (
     copy_pages,
     merge_states,
     compare_key,
+    prefix_cache,
     tile_cache,
 )
 
