@@ -8,6 +8,7 @@ from pagedkv import (
     KVPool,
     OutOfPagesError,
     PageTable,
+    check_integrity,
     paged_attention,
     plan_attention,
 )
@@ -270,3 +271,29 @@ def test_an_interrupted_step_is_not_built_upon(monkeypatch):
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_forks_that_disagree_are_refused_before_anything_is_committed(num_before):
+    manager = KVCacheManager(20, page_size=2)
+    seq = manager.open([])
+    other = manager.open([9])
+    other.append(1)
+    seq.append(2)
+    if num_before:
+        seq.commit([1])
+    else:
+        seq.commit([1, 2])
+        seq.append(2)
+        seq.commit([3])
+    fork = seq.fork()
+    counts = [one.num_committed for one in (other, seq, fork)]
+    with pytest.raises(
+        ValueError, match="must be equal for forks that share a page, got 5 at position 1 and 6 at position 2"
+    ):
+        manager.commit([other, seq, fork], [9, 5, 6])
+    assert [one.num_committed for one in (other, seq, fork)] == counts
+    check_integrity(manager)
+    manager.commit([other, seq, fork], [9, 5, 5])
+    assert seq.token_ids == fork.token_ids
+    check_integrity(manager)

@@ -171,8 +171,8 @@ class KVCacheManager:
 
         Shapes: token_ids [S].
         Cost:   numpy calls over the sequences; a Python step for each that has filled a page.
-        Raises: ValueError when a sequence has no reserved token without an id; nothing has changed then. Forks that
-                name different tokens for a page they share are refused too, after those before them are committed.
+        Raises: ValueError when a sequence has no reserved token without an id, and for forks that name different tokens
+                for a page they share; nothing has changed then.
         """
         rows = seqs if isinstance(seqs, list) else list(seqs)
         ids = as_token_array("token_ids", token_ids)

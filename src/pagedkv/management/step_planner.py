@@ -73,7 +73,7 @@ class StepPlanner:
     def commit(self, seqs: list[Sequence], token_ids: npt.NDArray[Any]) -> None:
         """Names one reserved token of each sequence; publishes where that fills a page.
 
-        Raises: ValueError also for forks that name different tokens for one page; those before are committed then.
+        Raises: ValueError also for forks that name different tokens for one page; nothing has changed then.
         """
         books, rows = self._ledger.rows, self._rows
         if seqs != self._seqs or (books.version[rows] != self._versions).any():
@@ -89,12 +89,28 @@ class StepPlanner:
         if self._ledger.allocator.num_extra_owners or (books.lock_tokens[rows] > committed).any():
             # Forks of one another: what one publishes the others must agree with.
             is_slow[:] = True
+            self._check_forks_agree(seqs, committed, token_ids)
         for number in np.flatnonzero(is_slow).tolist():
             ids = token_ids[number : number + 1]
-            seqs[number]._check_as_forks_committed(ids)
             seqs[number]._commit(ids)
         if not is_slow.all():
             books.append_token_each(rows[~is_slow], token_ids[~is_slow])
+
+    def _check_forks_agree(self, seqs: list[Sequence], committed: Counts, token_ids: npt.NDArray[Any]) -> None:
+        """Refuses other ids than forks have published for the same pages, or would publish here."""
+        page_size = self._ledger.page_size
+        published: dict[int, int] = {}
+        for number, seq in enumerate(seqs):
+            seq._check_as_forks_committed(token_ids[number : number + 1])
+            page, offset = divmod(int(committed[number]), page_size)
+            if offset + 1 < page_size:
+                continue
+            first = published.setdefault(seq._page_view(page).item(0), number)
+            if token_ids[first] != token_ids[number]:
+                raise ValueError(
+                    f"token_ids must be equal for forks that share a page, got {token_ids[first]} at position {first} "
+                    f"and {token_ids[number]} at position {number}. Fork before the tokens are appended."
+                )
 
     @property
     def table_version(self) -> int:
