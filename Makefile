@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: run test check format bench docs native clean
+.PHONY: run test check format bench docs soak native clean
 
 run: $(VENV)/.model
 	$(BIN)/pagedkv demo $(ARGS)
@@ -23,6 +23,10 @@ bench: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+# Ten million random calls of the management, a quarter of an hour.
+soak: $(VENV)/.installed
+	$(BIN)/python tests/management/soak_programs.py $(ARGS)
 
 # After a change to the C++ sources.
 native:
