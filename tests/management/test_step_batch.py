@@ -18,6 +18,13 @@ def make_manager(num_pages=16, page_size=4, **options):
     return KVCacheManager(num_pages, page_size=page_size, debug=True, **options)
 
 
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
+
+
 def opened(manager, num_tokens, first_id=0):
     seq = manager.open([])
     if num_tokens:
@@ -297,3 +304,46 @@ def test_forks_that_disagree_are_refused_before_anything_is_committed(num_before
     manager.commit([other, seq, fork], [9, 5, 5])
     assert seq.token_ids == fork.token_ids
     check_integrity(manager)
+
+
+@pytest.mark.parametrize("counts", [[2**63 - 1, 1], [2**62, 2**62], 2**31 - 1, 2**40, 13])
+def test_counts_beyond_all_slots_are_out_of_pages_and_change_nothing(counts):
+    manager = make_manager(num_pages=6, page_size=2)
+    seqs = [manager.open([]), manager.open([])]
+    assert not manager.can_batch(seqs, counts)
+    with pytest.raises(OutOfPagesError):
+        manager.batch(seqs, counts)
+    assert manager.num_free_pages == 6
+    assert manager.batch(seqs, [5, 6]).seq_lens.tolist() == [5, 6]
+
+
+def test_a_sequence_that_cannot_be_made_leaves_no_lock(monkeypatch):
+    manager = make_manager(page_size=4)
+    with manager.open([1, 2, 3, 4]) as seq:
+        seq.append(4)
+        seq.commit([1, 2, 3, 4])
+    for options, words in (
+        ({"window": 2**63}, "window must be below"),
+        ({"priority": 2**31}, "priority must be below"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            manager.open([1, 2, 3, 4], **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(manager.ledger.rows), "add", raising(MemoryError))
+        with pytest.raises(MemoryError):
+            manager.open([1, 2, 3, 4])
+    assert manager.num_evictable_pages == 1
+    check_integrity(manager)
+
+
+def test_a_step_that_was_interrupted_is_not_built_upon(monkeypatch):
+    manager = make_manager()
+    seqs = [manager.open([]) for _ in range(3)]
+    manager.batch(seqs[:2])
+    with monkeypatch.context() as patched:
+        patched.setattr(type(manager._planner._table), "replace", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            manager.batch(seqs)
+    manager.commit(seqs[:2], [7, 8])
+    check_integrity(manager)
+    assert manager.batch(seqs).seq_lens.tolist() == [2, 2, 1]

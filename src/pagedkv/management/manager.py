@@ -128,15 +128,24 @@ class KVCacheManager:
         priority: what it publishes is evicted after what has a lower one, where the policy is "priority".
         """
         check_int("priority", priority, minimum=-(2**31))
+        if priority >= 2**31:
+            raise ValueError(f"priority must be below 2**31, got {priority}.")
         ids = as_token_array("token_ids", token_ids)
         namespace_key(namespace)
         if window is not None:
             check_int("window", window, minimum=1)
+            if window >= 2**31:
+                raise ValueError(f"window must be below 2**31, got {window}. Leave it out to see all tokens.")
         ledger = self._ledger
         with ledger:
             cache, _ = ledger.cache_of(namespace)
             num_found, pages, handle = ledger.look_up(cache, ids, namespace)
-            seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, ids.shape[0])
+            try:
+                seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, ids.shape[0])
+            except BaseException:
+                if cache is not None and handle is not None:
+                    cache.unlock(handle)
+                raise
             seq._priority = priority
             return seq
 
@@ -312,15 +321,17 @@ class KVCacheManager:
         self, seqs: Iterable[Sequence], num_tokens: int | TokenIds
     ) -> tuple[list[Sequence], int | npt.NDArray[np.int64]]:
         rows = seqs if isinstance(seqs, list) else list(seqs)
+        # More than all slots is as good as one too many, and adds up without an overflow.
+        most = self.num_pages * self.page_size + 1
         if isinstance(num_tokens, int):
             check_int("num_tokens", num_tokens, minimum=1)
-            return rows, num_tokens
+            return rows, min(num_tokens, most)
         counts = as_token_ids("num_tokens", num_tokens)
         if counts.shape[0] != len(rows):
             raise ValueError(f"num_tokens must be an int or have shape [{len(rows)}], got [{counts.shape[0]}].")
         if counts.size and not counts.all():
             raise ValueError(f"num_tokens must be at least 1, got 0 at position {int((counts == 0).argmax())}.")
-        return rows, counts
+        return rows, np.minimum(counts, most)
 
     def _check_known(self, name: str, seqs: list[Sequence]) -> None:
         for number, seq in enumerate(seqs):

@@ -76,7 +76,7 @@ class StepPlanner:
         Raises: ValueError also for forks that name different tokens for one page; nothing has changed then.
         """
         books, rows = self._ledger.rows, self._rows
-        if seqs != self._seqs or (books.version[rows] != self._versions).any():
+        if seqs != self._seqs or self._is_changing or (books.version[rows] != self._versions).any():
             rows = self._rows_of(seqs)
         committed = books.tokens.size[rows]
         has_none = committed >= books.num_tokens[rows]
@@ -124,7 +124,9 @@ class StepPlanner:
 
     def table_rows(self) -> Iterator[tuple[Sequence, PageArray]]:
         """The entries of the CSR form, of sequences that were not changed since the last step otherwise."""
-        is_current = (self._ledger.rows.version[self._rows] == self._versions) & (not self._is_changing)
+        if self._is_changing:  # by a step that was interrupted
+            return
+        is_current = self._ledger.rows.version[self._rows] == self._versions
         for number in np.flatnonzero(is_current).tolist():
             start, stop = self._table.indptr[number : number + 2].tolist()
             yield self._seqs[number], self._table.indices[start:stop]
