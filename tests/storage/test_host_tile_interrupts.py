@@ -218,6 +218,8 @@ def test_a_view_that_the_collector_ends_in_the_midst_of_a_change_frees_its_slot_
         ring.append(ring)
 
     was_enabled, thresholds = gc.isenabled(), gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # or each collection would go through all that other tests have imported
     try:
         for num_allocations in range(1, 150):
             gc.disable()
@@ -234,6 +236,7 @@ def test_a_view_that_the_collector_ends_in_the_midst_of_a_change_frees_its_slot_
             holds(cache)
             assert (len(cache), cache.stats().num_tiles) == (4, 4)
     finally:
+        gc.unfreeze()
         gc.set_threshold(*thresholds)
         if was_enabled:
             gc.enable()
