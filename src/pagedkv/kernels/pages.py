@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch._compile import _disable_dynamo as between_graphs  # unlike torch.compiler.disable imports Dynamo when called
 
@@ -18,6 +20,7 @@ __all__ = [
     "check_writable",
     "fits_graph",
     "mark_written",
+    "may_overlap_itself",
     "memory_address",
     "to_nhd",
 ]
@@ -72,13 +75,24 @@ def check_writable(name: str, pages: torch.Tensor) -> None:
     if pages.is_contiguous() or not pages.numel():
         return
     shape, strides = pages.shape, pages.stride()
-    reach = 0  # the farthest element of the dims so far
-    for stride, num_items, dim in sorted((strides[dim], shape[dim], dim) for dim in range(len(shape))):
-        if num_items > 1 and stride == 0:
+    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        if size > 1 and stride == 0:
             raise ValueError(f"{name} must not be expanded, got stride 0 in dim {dim} of {list(shape)}.")
-        if num_items > 1 and stride <= reach:
-            raise ValueError(f"{name} must not overlap itself, got strides {list(strides)} of {list(shape)}.")
-        reach += (num_items - 1) * stride
+    if may_overlap_itself(shape, strides):
+        raise ValueError(f"{name} must not overlap itself, got strides {list(strides)} of {list(shape)}.")
+
+
+def may_overlap_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two elements may be one place in memory: strides in elements that do not nest."""
+    if 0 in shape:
+        return False
+    reach = 0  # the farthest element of the dims so far
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def memory_address(tensor: torch.Tensor) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...kernels.pages import may_overlap_itself
 from .enumerations import InfiniDtype
 from .status import InfiniopError, InfiniStatus
 from .tensor_memory import Footprint, check_dense
@@ -77,15 +78,7 @@ class TensorDescriptor:
     @property
     def may_overlap_itself(self) -> bool:
         """Whether two of its elements may be one place in memory: an expanded tensor, or strides that do not nest."""
-        if 0 in self.shape:
-            return False
-        reach = 0  # the farthest element of the dims so far
-        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
-            if size > 1:
-                if stride <= reach:
-                    return True
-                reach += (size - 1) * stride
-        return False
+        return may_overlap_itself(self.shape, self.strides)
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is as described; strides that never move anywhere may be anything."""
