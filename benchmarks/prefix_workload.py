@@ -4,8 +4,8 @@ python -m benchmarks.prefix_workload [--requests N] [--page-size P ...]
 
 10,000 requests of conversations that come back with their history and answer, on one system prompt of 1,500 tokens; 64
 in flight; 1,000,000 token slots, so that eviction goes on nearly all the time. Token ids are int32 arrays made before
-the clock starts. Then a few calls alone: eviction among few and many leaves, a conversation of 100 turns, a step of 256
-sequences.
+the clock starts. Then a few calls alone: eviction among few and many leaves, a conversation of 100 turns; and a loop of
+decoding over 256 sequences: a step's slots and tables, and its commit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv import KVCacheManager, RadixCache
+from pagedkv.management import StepBatch
 
 from . import machine, report
 
-__all__ = ["Request", "main", "make_requests", "run_requests"]
+__all__ = ["READS", "Request", "main", "make_requests", "run_requests", "run_steps"]
 
 Ids = npt.NDArray[np.int32]
 
 _SYSTEM_TOKENS, _NUM_SLOTS, _IN_FLIGHT = 1500, 1_000_000, 64
+
+# What a model reads of a step besides the slots of the new tokens and where each sequence's begin.
+READS: dict[str, Callable[[StepBatch], object]] = {
+    "no table": lambda step: step.seq_lens,
+    "the dense table": lambda step: (step.seq_lens, step.dense_table()),
+    "the CSR table": lambda step: step.page_table,
+}
 
 
 class Request(NamedTuple):
@@ -107,16 +115,35 @@ def _match_turns(num_turns: int) -> float:
     return _median(lambda: cache.match(ids), 300)
 
 
-def _step(num_sequences: int, page_size: int = 16) -> float:
-    manager = KVCacheManager(num_sequences * 400, page_size)
-    ids = np.random.default_rng(0).integers(0, 128_000, (num_sequences, 4500), dtype=np.int32)
+def run_steps(
+    num_sequences: int, page_size: int, *, num_tokens: int = 4500, num_steps: int = 128
+) -> tuple[dict[str, list[float]], KVCacheManager]:
+    """Microseconds of every step of a loop of decoding, with each of `READS` in turn, and of every commit.
+
+    The sequences are `num_tokens` long and up to 15 more, so that in every step some begin a page and some fill one.
+    """
+    source = np.random.default_rng(0)
+    pages_each = -(-(num_tokens + 16 + len(READS) * num_steps) // page_size)
+    manager = KVCacheManager(num_sequences * pages_each, page_size)
     sequences = []
-    for row in ids:
-        sequence = manager.open(row)
-        sequence.append(row.shape[0])
-        sequence.commit(row)
+    for number in range(num_sequences):
+        ids = source.integers(0, 128_000, num_tokens + number % 16, dtype=np.int32)
+        sequence = manager.open(ids)
+        sequence.append(ids.shape[0])
+        sequence.commit(ids)
         sequences.append(sequence)
-    return _median(lambda: manager.batch(sequences), 200)
+    took: dict[str, list[float]] = defaultdict(list)
+    clock = time.perf_counter
+    for name, read in READS.items():
+        for _ in range(num_steps):
+            ids = source.integers(0, 128_000, num_sequences, dtype=np.int32)
+            start = clock()
+            read(manager.batch(sequences))
+            stop = clock()
+            manager.commit(sequences, ids)
+            took[name].append((stop - start) * 1e6)
+            took["commit"].append((clock() - stop) * 1e6)
+    return took, manager
 
 
 def _median(call: Callable[[], object], count: int) -> float:
@@ -156,7 +183,11 @@ def main() -> None:
         _report(page_size, requests)
     print(f"\nevict one page of 100 leaves {_evict_one_of(100):.1f} us, of 50,000 {_evict_one_of(50_000):.1f} us")
     print(f"match a conversation of 100 turns {_match_turns(100):.1f} us")
-    print(f"a step of 256 sequences of 4,500 tokens {_step(256):.1f} us")
+    print("\na step of 256 sequences of 4,500 tokens, one new token each:")
+    for page_size in options.page_size:
+        took, _ = run_steps(256, page_size)
+        medians = [f"{name} {statistics.median(times):.1f} us" for name, times in took.items()]
+        print(f"  page size {page_size}: {', '.join(medians)}")
 
 
 if __name__ == "__main__":

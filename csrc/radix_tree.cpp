@@ -24,25 +24,25 @@ int64_t RadixTree::num_bytes() const {
   return total + table_.num_bytes() + queue_.num_bytes() + static_cast<int64_t>(held_.capacity() * 8);
 }
 
-int32_t RadixTree::add_root() { return new_node(-1); }
+int32_t RadixTree::add_root() {
+  empty_roots_.push_back(new_node(-1));
+  return empty_roots_.back();
+}
 
-void RadixTree::drop_root(int64_t root) { free_node(static_cast<int32_t>(root)); }
-
-int32_t RadixTree::pop_empty_root() {
-  if (empty_roots_.empty()) return -1;
-  const int32_t root = empty_roots_.back();
-  empty_roots_.pop_back();
-  free_node(root);
-  return root;
+void RadixTree::drop_root(int64_t root) {
+  const auto place = std::find(empty_roots_.begin(), empty_roots_.end(), root);
+  if (place == empty_roots_.end()) TVM_FFI_THROW(ValueError) << "root must be one without nodes, got " << root << ".";
+  empty_roots_.erase(place);
+  free_node(static_cast<int32_t>(root));
 }
 
 RadixTreeHandle RadixTree::match(int64_t root, TokenSpan ids, int32_t* pages) {
-  if (root < 0) {
+  if (!is_root(root)) {
     ++time_;
     return {-1, 0, 0};
   }
   const auto start = static_cast<int32_t>(root);
-  with_tokens(ids.start, ids.is_wide, [&](const auto* tokens) { find(start, tokens, ids.count / page_size_); });
+  with_tokens(ids.start, ids.is_wide, [&](const auto* tokens) { find(start, 0, tokens, ids.count / page_size_); });
   const int32_t end = use_path(start, 1);
   for (int32_t id : path_) {
     const PageRun& run = at(id).run;
@@ -53,6 +53,7 @@ RadixTreeHandle RadixTree::match(int64_t root, TokenSpan ids, int32_t* pages) {
 }
 
 RadixTreeGrowth RadixTree::insert(int64_t root, TokenSpan ids, const int32_t* pages, bool only_new, int64_t priority) {
+  if (!is_root(root)) TVM_FFI_THROW(ValueError) << "root must be one of the tree, got " << root << ".";
   RadixTreeGrowth growth = with_tokens(ids.start, ids.is_wide, [&](const auto* tokens) {
     return insert_below(static_cast<int32_t>(root), 0, tokens, ids.count / page_size_, pages, only_new, priority);
   });
@@ -63,11 +64,12 @@ RadixTreeGrowth RadixTree::insert(int64_t root, TokenSpan ids, const int32_t* pa
 RadixTreeGrowth RadixTree::extend(RadixTreeHandle handle, TokenSpan ids, const int32_t* pages, bool only_new,
                                   int64_t priority) {
   check_current(handle);
-  const int32_t start = static_cast<int32_t>(handle.node);
+  const int32_t start = end_of(static_cast<int32_t>(handle.node), handle.num_tokens);
   RadixTreeGrowth growth = with_tokens(ids.start, ids.is_wide, [&](const auto* tokens) {
     return insert_below(start, handle.num_tokens, tokens, ids.count / page_size_, pages, only_new, priority);
   });
-  for (int32_t id = start; id >= 0; id = at(id).parent) {
+  // A walk that began inside a node may have split it.
+  for (int32_t id = end_of(start, handle.num_tokens); id >= 0; id = at(id).parent) {
     at(id).last_access = time_;
     at(id).priority = std::max(at(id).priority, priority);
     growth.root = id;
@@ -88,7 +90,7 @@ void RadixTree::lock(RadixTreeHandle handle) {
 
 void RadixTree::unlock(RadixTreeHandle handle) {
   const int32_t named = static_cast<int32_t>(handle.node);
-  if (!names_a_node(handle) || handle.version < at(named).first_version || at(named).anchors < 1)
+  if (!is_current(handle) || at(named).anchors < 1)
     TVM_FFI_THROW(ValueError) << "handle must be locked, got one of " << handle.num_tokens << " tokens that is not.";
   --at(named).anchors;
   ++time_;
@@ -102,24 +104,21 @@ void RadixTree::unlock(RadixTreeHandle handle) {
 
 RadixTreeHandle RadixTree::ancestor(RadixTreeHandle handle, int64_t num_tokens) {
   check_current(handle);
-  int32_t id = static_cast<int32_t>(handle.node);
-  int64_t start = handle.num_tokens;
-  for (; at(id).parent >= 0; id = at(id).parent) {
-    start -= at(id).run.num_pages() * page_size_;
-    if (start >= num_tokens) continue;
-    const int64_t kept = (num_tokens - start) / page_size_;
-    if (kept < at(id).run.num_pages()) id = split(id, kept);
-    break;
-  }
+  if (num_tokens < 1 || num_tokens > handle.num_tokens || num_tokens % page_size_ != 0)
+    TVM_FFI_THROW(ValueError) << "num_tokens must be whole pages of the handle's, got " << num_tokens << ".";
+  int32_t id = end_of(static_cast<int32_t>(handle.node), num_tokens);
+  const int64_t kept = num_tokens / page_size_ - at(id).num_before;
+  if (kept < at(id).run.num_pages()) id = split(id, kept);
   return {id, at(id).version, num_tokens};
 }
 
-void RadixTree::copy_tokens(RadixTreeHandle handle, int64_t start, int64_t* tokens) const {
+void RadixTree::copy_tokens(RadixTreeHandle handle, int64_t start, int64_t* tokens, int64_t room) const {
   check_current(handle);
+  if (start < 0 || handle.num_tokens - start > room) TVM_FFI_THROW(ValueError) << "tokens must have room for all of them.";
   int64_t end = handle.num_tokens;
-  for (int32_t id = static_cast<int32_t>(handle.node); at(id).parent >= 0 && end > start; id = at(id).parent) {
+  for (int32_t id = end_of(static_cast<int32_t>(handle.node), end); end > start; id = at(id).parent) {
     const PageRun& run = at(id).run;
-    const int64_t first = end - run.num_pages() * page_size_, from = std::max(first, start);
+    const int64_t first = at(id).num_before * page_size_, from = std::max(first, start);
     with_tokens(run.tokens_at(from - first), run.is_wide(),
                 [&](const auto* ids) { std::copy(ids, ids + (end - from), tokens + (from - start)); });
     end = first;
@@ -130,6 +129,9 @@ int64_t RadixTree::evict(int64_t num_pages, int32_t* pages) {
   int64_t num_dropped = 0;
   while (num_dropped < num_pages && !queue_.is_empty()) {
     const int32_t id = queue_.first();
+    if (!queue_.has_rank(id)) refresh(id);
+    if (!queue_.has_rank(id)) break;
+    if (queue_.first() != id) continue;
     PageRun& run = at(id).run;
     const int64_t count = std::min(num_pages - num_dropped, run.num_pages()), kept = run.num_pages() - count;
     std::copy(run.pages() + kept, run.pages() + run.num_pages(), pages + num_dropped);
@@ -152,10 +154,18 @@ bool RadixTree::holds(int64_t page) const {
   return page >= 0 && static_cast<size_t>(page >> 6) < held_.size() && (held_[page >> 6] >> (page & 63) & 1) != 0;
 }
 
+void RadixTree::held_pages(int32_t* pages) const {
+  for (size_t word = 0; word < held_.size(); ++word) {
+    for (int64_t bit = 0; bit < 64; ++bit) {
+      if ((held_[word] >> bit & 1) != 0) *pages++ = static_cast<int32_t>(64 * word + bit);
+    }
+  }
+}
+
 std::vector<int32_t> RadixTree::nodes() const {
   std::vector<int32_t> ids;
   for (int32_t id = 0; id < num_made_; ++id) {
-    if (at(id).is_used) ids.push_back(id);
+    if (at(id).is_used && (at(id).parent >= 0 || at(id).num_children > 0)) ids.push_back(id);
   }
   return ids;
 }
@@ -172,6 +182,8 @@ std::string RadixTree::defect() const {
     if (is_evictable(id) != queue_.contains(id)) return "the queue must hold the evictable leaves and no others";
     if (node.parent < 0) continue;
     ++num_filed;
+    const RadixTreeNode& above = at(node.parent);
+    if (node.num_before != above.num_before + above.run.num_pages()) return "a node must know how many pages are above it";
     const uint32_t hash =
         with_tokens(node.run.tokens(), node.run.is_wide(), [&](const auto* ids) { return child_hash(node.parent, ids); });
     if (hash != node.hash || table_.find(hash, [&](int32_t other) { return other == id; }) != id)
@@ -199,9 +211,8 @@ int32_t RadixTree::new_node(int32_t parent) {
   RadixTreeNode& node = at(id);
   node.is_used = true;
   node.parent = parent;
-  node.first_version = node.version;
+  node.num_before = parent < 0 ? 0 : static_cast<int32_t>(at(parent).num_before + at(parent).run.num_pages());
   node.created = node.last_access = time_;
-  ++num_used_;
   return id;
 }
 
@@ -212,7 +223,6 @@ void RadixTree::free_node(int32_t id) {
   node.version = version;
   node.parent = first_unused_;
   first_unused_ = id;
-  --num_used_;
 }
 
 template <typename T>
@@ -221,19 +231,32 @@ uint32_t RadixTree::child_hash(int32_t parent, const T* first_page) const {
 }
 
 template <typename T>
-void RadixTree::find(int32_t start, const T* ids, int64_t num_pages) {
+int64_t RadixTree::count_equal_pages(int32_t id, int64_t first_page, const T* ids, int64_t num_pages) const {
+  const PageRun& run = at(id).run;
+  const int64_t count = std::min(run.num_pages() - first_page, num_pages) * page_size_;
+  return with_tokens(run.tokens_at(first_page * page_size_), run.is_wide(),
+                     [&](const auto* tokens) { return common_prefix(tokens, ids, count); }) /
+         page_size_;
+}
+
+/// Follows `ids` from `start` on, behind the first `num_before` pages of the prompt, as far as whole pages agree.
+template <typename T>
+void RadixTree::find(int32_t start, int64_t num_before, const T* ids, int64_t num_pages) {
   path_.clear();
   num_found_ = num_found_in_last_ = 0;
+  const int64_t num_passed = num_before - at(start).num_before;
+  if (num_passed < at(start).run.num_pages()) {
+    num_found_ = count_equal_pages(start, num_passed, ids, num_pages);
+    path_.push_back(start);
+    num_found_in_last_ = num_passed + num_found_;
+    if (num_found_in_last_ < at(start).run.num_pages()) return;
+  }
   for (int32_t node = start; num_found_ < num_pages;) {
     const T* rest = ids + num_found_ * page_size_;
     int64_t num_equal = 0;
     const int32_t child = table_.find(child_hash(node, rest), [&](int32_t id) {
-      const RadixTreeNode& candidate = at(id);
-      if (candidate.parent != node) return false;
-      const int64_t count = std::min<int64_t>(candidate.run.num_pages(), num_pages - num_found_) * page_size_;
-      num_equal = with_tokens(candidate.run.tokens(), candidate.run.is_wide(),
-                              [&](const auto* tokens) { return common_prefix(tokens, rest, count); }) /
-                  page_size_;
+      if (at(id).parent != node) return false;
+      num_equal = count_equal_pages(id, 0, rest, num_pages - num_found_);
       return num_equal > 0;
     });
     if (child < 0) break;
@@ -261,7 +284,7 @@ int32_t RadixTree::use_path(int32_t start, int64_t num_hits) {
 template <typename T>
 RadixTreeGrowth RadixTree::insert_below(int32_t start, int64_t start_tokens, const T* ids, int64_t num_pages,
                                         const int32_t* pages, bool only_new, int64_t priority) {
-  find(start, ids, num_pages);
+  find(start, start_tokens / page_size_, ids, num_pages);
   const int64_t num_new = only_new && num_found_ > 0 ? 0 : num_pages - num_found_;
   if (num_new > 0) hold(pages + num_found_, num_new);
   int32_t end = use_path(start, 0);
@@ -276,13 +299,14 @@ RadixTreeGrowth RadixTree::insert_below(int32_t start, int64_t start_tokens, con
       at(leaf).hash = child_hash(end, ids + num_found_ * page_size_);
       at(leaf).priority = priority;
       table_.insert(at(leaf).hash, leaf);
+      if (at(end).parent < 0 && at(end).num_children == 0)
+        empty_roots_.erase(std::find(empty_roots_.begin(), empty_roots_.end(), end));
       ++at(end).num_children;
       refresh(end);
       num_evictable_ += num_new;
       end = leaf;
     }
     at(end).run.append(ids + num_found_ * page_size_, pages + num_found_, num_new, page_size_);
-    if (grows) ++at(end).version;
   }
   refresh(end);
   return {{end, at(end).version, start_tokens + (num_found_ + num_new) * page_size_}, num_found_, parent_page, -1};
@@ -302,6 +326,7 @@ int32_t RadixTree::split(int32_t id, int64_t num_pages) {
   above.priority = node.priority;
   above.locks = node.locks;
   above.num_children = 1;
+  node.num_before += static_cast<int32_t>(num_pages);
   above.hash = node.hash;
   table_.replace(node.hash, id, prefix);
   node.parent = prefix;
@@ -365,12 +390,24 @@ void RadixTree::hold(const int32_t* pages, int64_t count) {
   }
 }
 
-bool RadixTree::names_a_node(RadixTreeHandle handle) const {
-  return handle.node >= 0 && handle.node < num_made_ && at(handle.node).is_used;
+bool RadixTree::is_root(int64_t id) const { return id >= 0 && id < num_made_ && at(id).is_used && at(id).parent < 0; }
+
+/// Whether the node is the one that was named, and holds the end of the prefix or is behind it.
+bool RadixTree::is_current(RadixTreeHandle handle) const {
+  if (handle.node < 0 || handle.node >= num_made_) return false;
+  const RadixTreeNode& node = at(handle.node);
+  return node.is_used && node.version == handle.version && handle.num_tokens > 0 && handle.num_tokens % page_size_ == 0 &&
+         handle.num_tokens / page_size_ <= node.num_before + node.run.num_pages();
+}
+
+/// The node that holds the last of the first `num_tokens` tokens of a prefix that ends with a node.
+int32_t RadixTree::end_of(int32_t id, int64_t num_tokens) const {
+  while (at(id).num_before * page_size_ >= num_tokens) id = at(id).parent;
+  return id;
 }
 
 void RadixTree::check_current(RadixTreeHandle handle) const {
-  if (names_a_node(handle) && at(handle.node).version == handle.version) return;
+  if (is_current(handle)) return;
   TVM_FFI_THROW(ValueError) << "handle must name a prefix that is still cached, got one of " << handle.num_tokens
                             << " tokens that changed. Lock a handle before the next insert or eviction.";
 }

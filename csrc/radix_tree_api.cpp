@@ -18,7 +18,7 @@ using tvm::ffi::Optional;
 using tvm::ffi::String;
 
 /// Where calls leave what is more than one number; native_radix_tree.py names the same places.
-enum State { kNumCached, kNumEvictable, kHasEmptyRoots, kNode, kVersion, kNumTokens, kParentPage, kRoot, kStateSize };
+enum State { kNumCached, kNumEvictable, kEmptyRoot, kNode, kVersion, kNumTokens, kParentPage, kRoot, kStateSize };
 
 /// What a call gives for arrays that Python must look at: it converts what can be, and says what is wrong with the rest.
 constexpr int64_t kOdd = -1;
@@ -50,7 +50,7 @@ class Turn {
   ~Turn() {
     tree_.state[kNumCached] = tree_.tree.num_cached();
     tree_.state[kNumEvictable] = tree_.tree.num_evictable();
-    tree_.state[kHasEmptyRoots] = tree_.tree.has_empty_roots();
+    tree_.state[kEmptyRoot] = tree_.tree.empty_root();
     tree_.is_busy = false;
   }
 
@@ -159,8 +159,14 @@ RadixTree::LongRank long_rank(const Optional<Function>& function) {
   if (!function.has_value()) return nullptr;
   return [rank = function.value()](int64_t num_pages, int64_t created, int64_t last_access, int64_t num_hits,
                                    int64_t priority) {
-    const auto numbers = rank(num_pages, created, last_access, num_hits, priority).cast<Array<double>>();
-    return std::vector<double>(numbers.begin(), numbers.end());
+    std::vector<double> numbers;
+    try {
+      const auto answer = rank(num_pages, created, last_access, num_hits, priority).cast<Array<double>>();
+      numbers.assign(answer.begin(), answer.end());
+    } catch (...) {
+      // The function keeps what it raised; the tree goes on without an answer, so that no call stops halfway.
+    }
+    return numbers;
   };
 }
 
@@ -204,11 +210,15 @@ Map<String, Function> make_radix_tree(int64_t page_size, int64_t order, Optional
   });
   add_call(calls, "copy_tokens", [self](int64_t node, int64_t version, int64_t num_tokens, int64_t start, TensorView tokens) {
     const Turn turn(*self);
-    self->tree.copy_tokens({node, version, num_tokens}, start, data<int64_t>(tokens));
+    self->tree.copy_tokens({node, version, num_tokens}, start, data<int64_t>(tokens), tokens.numel());
   });
   add_call(calls, "evict", [self](TensorView pages) {
     const Turn turn(*self);
     return self->tree.evict(pages.numel(), data<int32_t>(pages));
+  });
+  add_call(calls, "held_pages", [self](TensorView pages) {
+    if (pages.numel() < self->tree.num_cached()) TVM_FFI_THROW(ValueError) << "pages must have room for all of them.";
+    self->tree.held_pages(data<int32_t>(pages));
   });
   add_call(calls, "holds", [self](TensorView pages, TensorView answers) {
     for (int64_t i = 0; i < pages.numel(); ++i) data<bool>(answers)[i] = self->tree.holds(data<int64_t>(pages)[i]);
@@ -224,11 +234,7 @@ Map<String, Function> make_radix_tree(int64_t page_size, int64_t order, Optional
     const Turn turn(*self);
     self->tree.drop_root(root);
   });
-  add_call(calls, "pop_empty_root", [self]() {
-    const Turn turn(*self);
-    return int64_t{self->tree.pop_empty_root()};
-  });
-  add_call(calls, "num_nodes", [self]() { return self->tree.num_nodes(); });
+  add_call(calls, "num_nodes", [self]() { return static_cast<int64_t>(self->tree.nodes().size()); });
   add_call(calls, "num_bytes", [self]() { return self->tree.num_bytes(); });
   add_call(calls, "describe", [self](TensorView rows) { describe(*self, rows); });
   add_call(calls, "copy_run", [self](int64_t id, TensorView tokens, TensorView pages) { copy_run(*self, id, tokens, pages); });
@@ -236,6 +242,16 @@ Map<String, Function> make_radix_tree(int64_t page_size, int64_t order, Optional
   return calls;
 }
 
+/// How many leading tokens of two arrays are equal, or kOdd for arrays that Python must look at.
+int64_t common_prefix_len(TensorView a, TensorView b) {
+  if (!is_plain(a) || !is_plain(b) || item_bytes(a) != item_bytes(b)) return kOdd;
+  const int64_t count = std::min(a.numel(), b.numel());
+  return with_tokens(data<char>(a), is_dtype(a, kDLInt, 64), [&](const auto* left) {
+    return common_prefix(left, reinterpret_cast<decltype(left)>(data<char>(b)), count);
+  });
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_radix_tree, make_radix_tree);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(common_prefix_len, common_prefix_len);
 
 }  // namespace pagedkv

@@ -23,6 +23,8 @@ class LeafQueue {
   int32_t first() const { return heap_.front().node; }
   size_t count() const { return heap_.size(); }
   int64_t serial(int32_t node) const { return contains(node) ? heap_[at_[node]].serial : -1; }
+  /// False for a long rank without numbers, which is the least.
+  bool has_rank(int32_t node) const { return !has_long_ranks_ || !long_ranks_[node].empty(); }
 
   /// Puts the node where its rank belongs, into the queue if it is not there.
   void put(int32_t node, LeafRank rank) { put(node, rank, {}); }

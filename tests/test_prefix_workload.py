@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from benchmarks.prefix_workload import make_requests, run_requests
+from benchmarks.prefix_workload import READS, make_requests, run_requests, run_steps
 
 from pagedkv import check_integrity
 
@@ -27,3 +27,14 @@ def test_a_run_evicts_finds_histories_and_leaves_the_books_right(page_size):
     assert stats.num_sequences == 0
     assert stats.evicted_pages > 0
     assert 0.4 < stats.hit_rate < 1
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_steps_of_decoding_fill_and_begin_pages_and_are_committed(page_size):
+    took, manager = run_steps(20, page_size, num_tokens=40, num_steps=16)
+    assert {name: len(times) for name, times in took.items()} == dict.fromkeys(READS, 16) | {"commit": 48}
+    check_integrity(manager)
+    lengths = [seq.num_tokens for seq in manager.ledger.live.values()]
+    assert lengths == [88 + number % 16 for number in range(20)]
+    assert [seq.num_committed for seq in manager.ledger.live.values()] == lengths
+    assert manager.ledger.cache.num_cached_pages == sum(length // page_size for length in lengths)

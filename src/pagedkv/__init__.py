@@ -38,6 +38,8 @@ from .kernels import (
 )
 from .management import (
     HashedPageCache,
+    HybridKVCacheManager,
+    HybridSequence,
     InsertResult,
     KVCacheManager,
     ManagerStats,
@@ -48,7 +50,19 @@ from .management import (
     check_integrity,
 )
 from .spec import KVCacheSpec, MLACacheSpec, calc_kv_cache_memory
-from .storage import HostPageStore, HostTileCache, KVPool, MLAPool, PageTable, TileCache, TileKey, TilePageTable
+from .storage import (
+    HostPageStore,
+    HostTileCache,
+    HybridKVPool,
+    KVPool,
+    LayerGroup,
+    MLAPool,
+    PageTable,
+    TileCache,
+    TileKey,
+    TilePageTable,
+    make_layer_groups,
+)
 
 __version__ = "0.1.0"
 
@@ -61,11 +75,15 @@ __all__ = [
     "HashedPageCache",
     "HostPageStore",
     "HostTileCache",
+    "HybridKVCacheManager",
+    "HybridKVPool",
+    "HybridSequence",
     "InsertResult",
     "IntegrityError",
     "KVCacheManager",
     "KVCacheSpec",
     "KVPool",
+    "LayerGroup",
     "Llama31Scaling",
     "MLACacheSpec",
     "MLAPool",
@@ -93,6 +111,7 @@ __all__ = [
     "dequantize_kv",
     "fast_compare_key",
     "gather_kv",
+    "make_layer_groups",
     "merge_states",
     "mla_attention",
     "paged_attention",

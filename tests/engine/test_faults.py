@@ -52,8 +52,8 @@ def test_an_interrupt_anywhere_in_a_step_is_made_good(llama, monkeypatch):
     engine.step()
     run = engine._runner.run
 
-    def interrupted(works):
-        run(works)
+    def interrupted(*args):
+        run(*args)
         raise KeyboardInterrupt  # computed and committed, not sampled into the requests
 
     monkeypatch.setattr(engine._runner, "run", interrupted)

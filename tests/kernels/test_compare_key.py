@@ -3,10 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pagedkv
+from pagedkv.kernels import compare_key
+
+
+@pytest.fixture(autouse=True, params=["numpy", pytest.param("native", marks=pytest.mark.native)])
+def path(request, monkeypatch):
+    """Which of the two compares; without a native core it is always numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(compare_key, "_native_function", lambda: lambda a, b: -1)
+    else:
+        # What was there at the first call of the process is kept.
+        compare_key._native_function.cache_clear()
+        assert compare_key._native_function()(np.arange(3), np.arange(2)) == 2
 
 
 def naive(a, b):
@@ -30,6 +42,7 @@ def test_fast_compare_key_finds_a_difference_anywhere(length, dtype):
         assert pagedkv.fast_compare_key(torch.from_numpy(other), torch.from_numpy(tokens)) == place
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 1), max_size=9), st.lists(st.integers(0, 1), max_size=9))
 def test_fast_compare_key_equals_a_loop(a, b):
     left, right = np.array(a, dtype=np.int64), np.array(b, dtype=np.int64)
@@ -41,6 +54,25 @@ def test_fast_compare_key_of_strided_and_of_read_only_tokens():
     tokens = np.arange(12)
     tokens.setflags(write=False)
     assert pagedkv.fast_compare_key(tokens[::2], np.array([0, 2, 4, 7])) == 3
+    assert pagedkv.fast_compare_key(tokens, np.arange(12)) == 12
+    assert pagedkv.fast_compare_key(torch.arange(12)[::2], torch.tensor([0, 2, 4, 7])) == 3
+
+
+def test_fast_compare_key_of_unaligned_tokens_and_of_other_byte_orders():
+    tokens = np.array([1, 2, 3, 2**30], np.int32)
+    odd = np.frombuffer(b"x" + tokens.tobytes(), np.int32, offset=1)
+    assert not odd.flags.aligned
+    assert pagedkv.fast_compare_key(odd, tokens) == pagedkv.fast_compare_key(tokens, odd) == 4
+    with pytest.raises(TypeError, match="a must have dtype int32 or int64, got >i4"):
+        pagedkv.fast_compare_key(tokens.astype(">i4"), tokens)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_fast_compare_key_of_nothing_and_of_negative_tokens(dtype):
+    none, tokens = np.array([], dtype), np.array([-1, -2, 5], dtype)
+    assert pagedkv.fast_compare_key(none, tokens) == pagedkv.fast_compare_key(tokens, none) == 0
+    assert pagedkv.fast_compare_key(none, none) == 0
+    assert pagedkv.fast_compare_key(tokens, np.array([-1, -2, -5], dtype)) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,21 @@ from pathlib import Path
 
 import torch
 
-from pagedkv import HostPageStore, KVCacheManager, KVCacheSpec, KVPool, OutOfPagesError, TierError, check_integrity
+from pagedkv import (
+    HostPageStore,
+    HybridKVCacheManager,
+    HybridKVPool,
+    KVCacheManager,
+    KVCacheSpec,
+    KVPool,
+    OutOfPagesError,
+    TierError,
+    check_integrity,
+    make_layer_groups,
+)
 from pagedkv.management import eviction_policies
 
-__all__ = ["Program", "resident_bytes", "soak"]
+__all__ = ["HybridProgram", "Program", "resident_bytes", "soak"]
 
 _OPERATIONS, _BETWEEN_CHECKS = 2000, 100
 
@@ -28,25 +39,30 @@ class Program:
 
     def __init__(self, seed):
         self.random = random.Random(seed)
+        self.manager = self.make_manager()
+        self.seqs, self.pins = [], []
+
+    def make_manager(self):
         page_size = self.random.choice([1, 2, 3, 8])
         spec = KVCacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, page_size=page_size, dtype=torch.float32)
         pool = KVPool(spec, self.random.choice([8, 40, 150]))
-        self.manager = KVCacheManager(
+        self.window = self.random.choice([None, None, 1, 5, 12])
+        return KVCacheManager(
             pool,
-            prefix_cache=self.random.choice(["radix", "radix", "hashed", False]),
+            prefix_cache=self.random.choice([True, "radix", "hashed", False]),
             eviction=self.random.choice(eviction_policies()),
+            window=self.window,
             watermark=self.random.choice([0, 0.1]),
             num_reserved_pages=self.random.choice([0, 1]),
             namespace_limits=self.random.choice([None, {"tenant": 3}]),
             tier=HostPageStore(pool, 30),
             events=True,
         )
-        self.seqs, self.pins = [], []
 
     def run(self, num_operations):
         """Does so many operations, and closes what is open."""
         for number in range(num_operations):
-            self.random.choice(self.OPERATIONS)(self)
+            getattr(self, self.random.choice(self.OPERATIONS))()
             if number % _BETWEEN_CHECKS == 0:
                 check_integrity(self.manager)
         for seq in self.seqs:
@@ -69,7 +85,7 @@ class Program:
     def open(self):
         if len(self.seqs) >= 12:
             return self.close()
-        window = self.random.choice([None, None, None, 5])
+        window = self.window or self.random.choice([None, None, None, 5])
         namespace = self.random.choice([None, None, "tenant", ("a", 0)])
         self.seqs.append(self.manager.open(self.ids(self.random.randrange(30)), namespace, window=window))
         return None
@@ -99,6 +115,12 @@ class Program:
         seq = self.any_seq()
         if seq is not None and seq.num_tokens and -1 not in seq.page_ids:
             seq.truncate(self.random.randrange(seq.num_tokens + 1))
+
+    def roll_back(self):
+        seq = self.any_seq()
+        if seq is not None and seq.num_tokens:
+            with contextlib.suppress(ValueError):  # where a window gave pages back that would be seen
+                seq.truncate(seq.num_tokens - 1)
 
     def close(self):
         if self.seqs:
@@ -130,18 +152,65 @@ class Program:
         self.manager.take_events()
 
     OPERATIONS = (
-        open,
-        open,
-        *[append_and_commit] * 4,
-        *[step] * 3,
-        fork,
-        truncate,
-        close,
-        pin,
-        go_away,
-        come_back,
-        evict,
+        *["open"] * 2,
+        *["append_and_commit"] * 4,
+        *["step"] * 3,
+        "fork",
+        "truncate",
+        "roll_back",
+        "close",
+        "pin",
+        "go_away",
+        "come_back",
+        "evict",
     )
+
+
+class HybridProgram(Program):
+    """The same on layers with a window and layers without."""
+
+    def make_manager(self):
+        windows = self.random.choice([[None, 5, 5], [None, 3, 9, 3], [4, 8], [None, None, 1]])
+        page_size, heads = self.random.choice([1, 2, 4]), self.random.choice([1, tuple(range(1, len(windows) + 1))])
+        spec = KVCacheSpec(
+            num_layers=len(windows),
+            num_kv_heads=heads,
+            head_dim=8,
+            page_size=page_size,
+            dtype=torch.float32,
+            order="page_first",
+        )
+        pool = HybridKVPool(spec, make_layer_groups(spec, windows), self.random.choice([20, 80, 200]))
+        return HybridKVCacheManager(
+            pool,
+            prefix_cache=self.random.choice([True, True, False]),
+            eviction=self.random.choice(eviction_policies()),
+            watermark=self.random.choice([0, 0.1]),
+            num_reserved_pages=self.random.choice([0, 1]),
+            tier=HostPageStore(pool, 60),
+        )
+
+    def open(self):
+        if len(self.seqs) >= 12:
+            return self.close()
+        ids, namespace = self.ids(self.random.randrange(30)), self.random.choice([None, None, ("a", 0)])
+        self.seqs.append(self.manager.open(ids, namespace))
+        return None
+
+    def truncate(self):
+        seq = self.any_seq()
+        if seq is not None and seq.num_tokens:
+            with contextlib.suppress(ValueError):
+                seq.truncate(self.random.randrange(seq.num_tokens + 1))
+
+    def pin(self):
+        if len(self.pins) < 6:
+            self.pins.extend(self.manager.pin(self.ids(20)))
+        else:
+            self.pins.pop(0).unpin()
+
+    def evict(self):
+        self.manager.evict(self.random.randrange(6))
 
 
 def resident_bytes():
@@ -154,7 +223,8 @@ def soak(num_operations, seconds=None, seed=0):
     until = None if seconds is None else time.monotonic() + seconds
     done, settled = 0, 0
     while done < num_operations and (until is None or time.monotonic() < until):
-        Program(seed).run(min(_OPERATIONS, num_operations - done))
+        kind = HybridProgram if seed % 4 == 3 else Program
+        kind(seed).run(min(_OPERATIONS, num_operations - done))
         done, seed = done + _OPERATIONS, seed + 1
         if seed % 20 == 10:
             gc.collect()

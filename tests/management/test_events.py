@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
@@ -110,29 +111,47 @@ def test_wrong_calls_change_nothing(call, message):
     assert log.take() == [BlockRemoved(hashes([1, 2], 2))]
 
 
+def read(events, believed):
+    """What a reader does with events, in order; refuses those that name what it was not told of."""
+    for event in events:
+        if isinstance(event, AllBlocksCleared):
+            believed.clear()
+        elif isinstance(event, BlockStored):
+            assert event.parent_block_hash is None or event.parent_block_hash in believed
+            assert not believed & set(event.block_hashes)
+            believed |= set(event.block_hashes)
+        else:
+            assert believed >= set(event.block_hashes)
+            believed -= set(event.block_hashes)
+
+
 def test_a_reader_who_never_comes_costs_no_more_than_the_limit():
-    """The log forgets what it cannot keep, and says so first: what is believed afterwards is held."""
+    """The log forgets what it cannot keep; without its cache it tells then what continues nothing that it forgot."""
     log = EventLog(max_pending=20)
-    believed, cleared = set(), 0
-    held = []
+    believed, held = set(), {}
+    num_cleared = num_believed = 0
     for page in range(100):
-        stored(log, held[-1] if held else None, [page], [page, page])
-        held.append(page)
-        if len(held) > 5:
-            log.removed(pages(held.pop()))
+        # Prompts of up to three pages.
+        word = list(range(page // 3 * 3, page + 1))
+        ids = [number for number in word for _ in range(2)]
+        stored(log, page - 1 if len(word) > 1 else None, [page], ids[-2:])
+        held[page] = hashes(ids, 2)[-1]
+        if page % 3 == 2 and page > 5:
+            gone = range(page - 5, page - 2)
+            log.removed(pages(*gone))
+            for number in gone:
+                del held[number]
         assert log._num_pending <= 20
-        if page % 30 == 29:
-            for event in log.take():
-                if isinstance(event, AllBlocksCleared):
-                    believed.clear()
-                    cleared += 1
-                elif isinstance(event, BlockStored):
-                    believed |= set(event.block_hashes)
-                else:
-                    believed -= set(event.block_hashes)
-            assert believed <= {short_hash(digest) for digest in log._digests.values()}
-    assert cleared == 3
-    assert log.num_pages == 5
+        if page % 14 == 13:
+            events = log.take()
+            num_cleared += events.count(AllBlocksCleared())
+            read(events, believed)
+            assert believed <= set(held.values())
+            num_believed += len(believed)
+    assert min(num_cleared, num_believed) > 3
+    log.cleared()
+    read(log.take(), believed)
+    assert believed == set()
 
 
 def test_what_never_fits_is_forgotten_with_the_rest():
@@ -141,7 +160,80 @@ def test_what_never_fits_is_forgotten_with_the_rest():
     stored(log, 0, [1, 2], [3, 4, 5, 6])
     assert log.take() == [AllBlocksCleared()]
     log.removed(pages(2))
-    assert log.take() == [BlockRemoved(hashes([1, 2, 3, 4, 5, 6], 2)[2:])]
+    stored(log, 1, [3], [9, 9])
+    assert log.take() == []
+    stored(log, None, [4], [8, 8])
+    assert log.take() == [BlockStored(hashes([8, 8], 2), None, (8, 8), 2)]
+
+
+class Shelf:
+    """A cache that a log can ask: nodes as they are told."""
+
+    class Run:
+        def __init__(self, parent, ids, page_ids, namespace=None):
+            self.parent, self.namespace = parent, namespace
+            self.tokens, self.pages = np.array(ids, np.int64), pages(*page_ids)
+
+    page_size = 2
+
+    def __init__(self):
+        root, other = self.Run(None, [], []), self.Run(None, [], [], "other")
+        first = self.Run(root, [1, 2, 3, 4], [0, 1])
+        self.runs = [root, other, first, self.Run(first, [5, 6], [2]), self.Run(other, [1, 2], [3])]
+
+    @property
+    def num_cached_pages(self):
+        return sum(run.pages.size for run in self.runs)
+
+    def nodes(self):
+        return iter(self.runs)
+
+
+ALL_OF_SHELF = [
+    AllBlocksCleared(),
+    BlockStored(hashes([1, 2, 3, 4], 2), None, (1, 2, 3, 4), 2),
+    BlockStored(hashes([1, 2, 3, 4, 5, 6], 2)[2:], hashes([1, 2, 3, 4], 2)[1], (5, 6), 2),
+    BlockStored(hashes([1, 2], 2, "other"), None, (1, 2), 2, extra_keys=(("other",),)),
+]
+
+
+def test_a_log_that_cannot_tell_what_happened_tells_what_is_cached():
+    shelf = Shelf()
+    log = EventLog(cache=shelf)
+    assert log.take() == ALL_OF_SHELF
+    assert (log.take(), log.num_pages) == ([], 4)
+    log.resync()
+    log.removed(pages(9))
+    stored(log, 8, [7], [1, 2])
+    assert log.take() == ALL_OF_SHELF
+    gone = shelf.runs.pop()
+    log.removed(gone.pages)
+    assert log.take() == [BlockRemoved(ALL_OF_SHELF[-1].block_hashes)]
+    with pytest.raises(ValueError, match="pages must be stored, got page 3, which is not"):
+        log.removed(gone.pages)
+    shelf.runs.clear()
+    assert log.take() == [AllBlocksCleared()]
+
+
+def test_a_log_with_a_cache_forgets_and_tells_all_again():
+    shelf = Shelf()
+    log = EventLog(max_pending=10, cache=shelf)
+    log.take()
+    stored(log, 1, [4, 5], [7, 7, 8, 8])
+    stored(log, 5, [6, 7], [7, 7, 8, 8])
+    assert (log._num_pending, log.num_pages) == (0, 0)
+    shelf.runs.append(shelf.Run(shelf.runs[2], [7, 7, 8, 8, 7, 7, 8, 8], range(4, 8)))
+    longest = hashes([1, 2, 3, 4, 7, 7, 8, 8, 7, 7, 8, 8], 2)
+    assert log.take() == [*ALL_OF_SHELF, BlockStored(longest[2:], longest[1], (7, 7, 8, 8, 7, 7, 8, 8), 2)]
+
+
+def test_a_log_does_not_keep_its_cache():
+    shelf = Shelf()
+    log, watch = EventLog(cache=shelf), weakref.ref(shelf)
+    log.resync()
+    del shelf
+    assert watch() is None
+    assert log.take() == [AllBlocksCleared()]
 
 
 def test_memory_follows_the_pages_held():

@@ -263,5 +263,7 @@ def test_a_policy_that_calls_the_cache_is_refused():
             return (0.0,)
 
     cache = RadixCache(1, Meddler(), core="native")
+    cache.insert([1], [0])
     with pytest.raises(RuntimeError, match="a RadixCache must be used by one thread at a time, got a call during"):
-        cache.insert([1], [0])
+        cache.evict(1)
+    assert cache.num_cached_pages == 1

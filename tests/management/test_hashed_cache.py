@@ -213,7 +213,7 @@ def break_tokens(cache):
 
 
 def break_table(cache):
-    del cache._by_digest[cache._by_page[13].digest]
+    cache._table.remove(cache._by_page[13])
 
 
 def break_page(cache):

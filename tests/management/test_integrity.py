@@ -102,7 +102,7 @@ def go_below_zero(manager, seq):
 
 
 def wait_for_a_copy_that_is_not_there(manager, seq):
-    manager.ledger.copy_sources[2] += 1
+    manager.budget.copy_sources[2] += 1
 
 
 def rename(manager, seq, at, page):
@@ -130,7 +130,7 @@ def name_a_reserved_page(manager, seq):
 
 
 def name_another_page_than_the_table(manager, seq):
-    manager._planner._table.indices[1] = 7
+    manager._planner._table.snapshot.read()[1][1] = 7
 
 
 def count_tokens_wrong(manager, seq):

@@ -535,8 +535,8 @@ def test_ids_beyond_32_bits_lie_beside_others():
     [
         (0.5, TypeError, "priority must be an int, got float"),
         (True, TypeError, "priority must be an int, got bool"),
-        (2**31, ValueError, r"priority must be below 2\*\*31, got 2147483648"),
-        (-(2**40), ValueError, "priority must be at least -2147483648, got -1099511627776"),
+        (2**63, ValueError, r"priority must be below 2\*\*63, got 9223372036854775808"),
+        (-(2**63) - 1, ValueError, "priority must be at least -9223372036854775808, got -9223372036854775809"),
     ],
 )
 def test_wrong_priority_is_refused(priority, error, message):
@@ -548,7 +548,16 @@ def test_wrong_priority_is_refused(priority, error, message):
     ):
         with pytest.raises(error, match=message):
             call()
-    assert cache.insert([9, 9], [30], priority=-(2**31)).num_cached == 0
+    assert cache.num_cached_pages == 4
+
+
+def test_priorities_of_64_bits_are_in_order():
+    cache = RadixCache(1, "priority")
+    for page, priority in enumerate([0, 2**63 - 1, -(2**63), 2**63 - 2, 2**31]):
+        handle = cache.insert([page], [page], priority=priority).handle
+    assert cache.evict(2).tolist() == [2, 0]
+    cache.extend(handle, [5], [5], priority=2**63 - 1)
+    assert cache.evict(9).tolist() == [3, 1, 5, 4]
 
 
 def test_core_by_name(core):

@@ -1,9 +1,11 @@
 """What a RadixCache tells its log: pages that came, in order of their prefix, and pages that left."""
 
+import random
+
 import pytest
 
 from pagedkv import RadixCache
-from pagedkv.management.events import AllBlocksCleared, BlockRemoved, BlockStored
+from pagedkv.management.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
 
 pytestmark = pytest.mark.parametrize("core", ["python", pytest.param("native", marks=pytest.mark.native)])
 
@@ -63,3 +65,53 @@ def test_a_continuation_is_told_under_its_namespace(core):
         assert event.block_hashes == whole.events.take()[0].block_hashes[1:]
         hashes.append(event.block_hashes)
     assert len(set(hashes)) == 3
+
+
+def read(events, believed):
+    """What a reader does with events, in order, by hash and by the hash before it; refuses what it was not told of."""
+    for event in events:
+        if isinstance(event, AllBlocksCleared):
+            believed.clear()
+        elif isinstance(event, BlockStored):
+            assert event.parent_block_hash is None or event.parent_block_hash in believed
+            assert not believed.keys() & set(event.block_hashes)
+            believed.update(zip(event.block_hashes, (event.parent_block_hash, *event.block_hashes), strict=False))
+        else:
+            for value in event.block_hashes:
+                del believed[value]
+            assert not set(event.block_hashes) & set(believed.values())
+
+
+def believed_of(cache):
+    """The same of what is cached, from the nodes alone."""
+    whole, namespaces, ends, believed = RadixCache(cache.page_size, events=True), {}, {}, {}
+    for node in cache.nodes():
+        above = node.parent
+        namespaces[node] = node.namespace if above is None else namespaces[above]
+        ends[node] = [] if above is None else ends[above] + node.tokens.tolist()
+        whole.insert(ends[node], [10**6 * len(ends) + number for number in range(len(ends[node]))], namespaces[node])
+    read(whole.events.take(), believed)
+    return believed
+
+
+@pytest.mark.parametrize("max_pending", [8, 40, 10**6])
+def test_a_reader_has_exactly_what_is_cached_however_seldom_it_comes(core, max_pending):
+    num_cleared = 0
+    for seed in range(6):
+        rng, believed, free = random.Random(seed), {}, list(range(60))
+        cache = RadixCache(1, events=True, core=core)
+        cache.events = EventLog(max_pending, cache=cache)
+        for _ in range(150):
+            ids = [rng.randrange(2) for _ in range(min(len(free), rng.randrange(9)))]
+            cache.insert(ids, free[: len(ids)], rng.choice([None, "a"]))
+            free = [page for page in free if not cache.held_mask(60)[page]]
+            if rng.random() < 0.4:
+                free += cache.evict(rng.randrange(9)).tolist()
+            if rng.random() < 0.02:
+                free += cache.reset(force=True).tolist()
+            if rng.random() < 0.1:
+                events = cache.events.take()
+                num_cleared += AllBlocksCleared() in events
+                read(events, believed)
+                assert believed == believed_of(cache)
+    assert num_cleared > (20 if max_pending == 8 else 0)

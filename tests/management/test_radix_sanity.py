@@ -59,8 +59,16 @@ def forget_a_page(cache):
     cache._tree._held[2] = 0
 
 
-def keep_an_empty_root(cache):
-    cache._tree.add_root("nobody")
+def count_the_pages_before_wrong(cache):
+    node(cache, 2).num_before = 2
+
+
+def forget_a_namespace(cache):
+    cache._tree.roots.clear()
+
+
+def have_two_roots_for_one_namespace(cache):
+    cache._tree.insert(cache._tree.add_root(None), [9, 9], [9], False, 0)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,9 @@ def keep_an_empty_root(cache):
     [
         (drop_a_token, "a node has whole pages.*a node of 1 pages holds 1 pages and 1 tokens"),
         (change_the_first_page, r"a node .* files it under its first page: the node of pages \[2\] is filed wrongly"),
-        (keep_an_empty_root, "a node has whole pages.*a root has no children"),
+        (count_the_pages_before_wrong, r"a node knows how many pages are before it: .*pages \[2\] says 2, 1 are"),
+        (forget_a_namespace, "every namespace has one root: 1 roots of 1 namespaces, 1 unknown"),
+        (have_two_roots_for_one_namespace, "every namespace has one root: 2 roots of 1 namespaces, 0 unknown"),
         (name_a_page_twice, "no page is at two positions of the tree: 1 are"),
         (lose_locks_in_a_split, r"a node is locked as often as.*pages \[0\] has 0 locks, 0 of them by name.*have 1"),
         (lock_below_zero, r"a node is locked as often as .*"),

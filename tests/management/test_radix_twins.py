@@ -128,13 +128,25 @@ class Twins:
     def step_reset(self):
         while self.locked and self.random.random() < 0.9:
             self.both("unlock", handles=self.locked.pop())
-        results = self.both("reset")
+        results = self.both("reset", force=self.random.random() < 0.5)
         if results is not None:
             self.free += results[0].tolist()
+            self.locked.clear()
+
+    def step_forge(self):
+        """A handle that was given, of another length: the first pages of the same, or nothing that there is."""
+        handles = self.any_handle()
+        if handles is not None:
+            num_tokens = self.random.choice([-1, 1, self.page_size, handles[0].num_tokens + self.page_size, 2**62])
+            forged = tuple(handle._replace(num_tokens=num_tokens) for handle in handles)
+            self.both("locked_tokens", 0, handles=forged)
+            self.both("ancestor", self.page_size, handles=forged)
+            if self.both("lock", handles=forged) is not None:
+                self.locked.append(forged)
 
     def run(self, num_steps):
         steps = {"match": 5, "insert": 5, "extend": 4, "lock": 4, "unlock": 4, "ancestor": 2, "locked_tokens": 1}
-        steps |= {"evict": 3, "reset": 0.1}
+        steps |= {"evict": 3, "reset": 0.1, "forge": 0.5}
         for number in range(num_steps):
             getattr(self, "step_" + self.random.choices(list(steps), list(steps.values()))[0])()
             left, right = self.caches
@@ -192,3 +204,42 @@ def test_a_twin_that_differs_is_seen(monkeypatch):
     monkeypatch.setattr(native_radix_tree, "_NATIVE_POLICIES", (policies[1], policies[0], *policies[2:]))
     with pytest.raises(AssertionError, match="evict: python"):
         Twins(0, 1, "lru").run(1000)
+
+
+def test_the_native_core_takes_any_numbers():
+    """Without the checks in Python around it: what names nothing is refused by every call."""
+    rng, cache = random.Random(0), RadixCache(2, core="native")
+    kept = cache.insert(range(400), range(200)).handle
+    for number in range(40, 400, 40):
+        cache.insert([*range(number), 9, 9], range(1000 + number, 1000 + number + number // 2 + 1))
+    before, calls, ids, page = picture(cache), cache._tree._calls, np.array([9, 9], np.int32), np.array([7], np.int32)
+    num_refused = num_locked = 0
+
+    def any_number(real):
+        return rng.choice([real, real, real + 1, real - 1, rng.randrange(30), rng.randrange(-(2**63), 2**63)])
+
+    for _ in range(5000):
+        node, version, num_tokens = handle = [any_number(real) for real in kept]
+        try:
+            calls["lock"](*handle)
+        except ValueError:
+            num_refused += 1
+            rest = {"unlock": (), "ancestor": (any_number(2),), "copy_tokens": (any_number(0), np.empty(9, np.int64))}
+            rest["extend"] = (ids, page, False, 0)
+            for name, arguments in rest.items():
+                with pytest.raises(ValueError, match="must"):
+                    calls[name](*handle, *arguments)
+        else:
+            num_locked += 1
+            assert version == kept.version
+            assert num_tokens in range(2, 401, 2)
+            calls["unlock"](*handle)
+        for root in {node, version, num_tokens} - {0}:
+            with pytest.raises(ValueError, match="root must be one of the tree, got"):
+                calls["insert"](root, ids, page, False, 0)
+            with pytest.raises(ValueError, match="root must be one without nodes, got"):
+                calls["drop_root"](root)
+            assert calls["match"](root, ids, np.empty(1, np.int32)) == 0
+    assert min(num_refused, num_locked) > 100
+    assert before.keys() == picture(cache).keys()
+    cache.sanity_check()

@@ -69,18 +69,24 @@ def test_several_tokens_each(as_what):
     same_table(again.page_table, seqs)
 
 
+@pytest.mark.parametrize("num_between", [1, 2, 5, 100])
 @pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_steps_follow_one_another_and_leave_earlier_tables_alone(page_size):
-    manager = make_manager(200, page_size)
+def test_steps_follow_one_another_and_leave_earlier_tables_alone(page_size, num_between):
+    """Whether the table is asked for in each step, in some or at the end, it is what it was in its step."""
+    manager = KVCacheManager(200, page_size)
     seqs = [opened(manager, number, 100 * number) for number in range(5)]
-    kept = []
+    kept, steps = [], []
     for number in range(20):
         step = manager.batch(seqs)
+        expected = PageTable.from_rows([seq.page_ids for seq in seqs], [seq.num_tokens for seq in seqs], page_size)
+        steps.append((step, expected))
         manager.commit(seqs, np.full(5, number, np.int32))
-        same_table(step.page_table, seqs)
+        assert step.seq_lens.tolist() == [seq.num_tokens for seq in seqs]
         dense = step.dense_table()
         assert [[page for page in row if page >= 0] for row in dense.tolist()] == [[*seq.page_ids] for seq in seqs]
-        kept.append((step.page_table, step.page_table.indices.clone(), step.page_table.indptr.clone()))
+        if number % num_between == num_between - 1:
+            same_table(step.page_table, seqs)
+            kept.append((step.page_table, step.page_table.indices.clone(), step.page_table.indptr.clone()))
         if number == 7:
             seqs[2].truncate(1)
         if number == 9:
@@ -91,6 +97,70 @@ def test_steps_follow_one_another_and_leave_earlier_tables_alone(page_size):
     for table, indices, indptr in kept:
         assert torch.equal(table.indices, indices)
         assert torch.equal(table.indptr, indptr)
+    for step, expected in steps:
+        for name in ("indptr", "indices", "last_page_len", "seq_lens"):
+            assert torch.equal(getattr(step.page_table, name), getattr(expected, name)), name
+
+
+AFTER_A_STEP = {
+    "truncate": lambda manager, seqs: (seqs[0].truncate(1), seqs[0].append(9)),
+    "close": lambda manager, seqs: (seqs[1].close(), opened(manager, 30, 500)),
+    "close all": lambda manager, seqs: ([seq.close() for seq in seqs], manager.evict(), opened(manager, 60, 500)),
+    "swap out": lambda manager, seqs: (manager.drop(seqs[2]), opened(manager, 30, 500)),
+    "fork and copy": lambda manager, seqs: (manager.batch([seqs[1], seqs[1].fork()]), manager.take_copies()),
+    "other sequences": lambda manager, seqs: manager.batch([opened(manager, 3, 800), *seqs[::-1]]),
+    "window": lambda manager, seqs: (
+        manager.commit(seqs, [1, 2, 3]),
+        manager.batch(seqs),
+        manager.commit(seqs, [1, 2, 3]),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", AFTER_A_STEP)
+def test_a_table_that_is_asked_for_late_is_what_it_was(change):
+    tables = []
+    for is_asked_at_once in (True, False):
+        manager = KVCacheManager(60, page_size=2)
+        seqs = [opened(manager, 7), opened(manager, 4, 50), manager.open([], window=2)]
+        seqs[2].append(5)
+        seqs[2].commit([9, 9, 9, 9, 9])
+        step = manager.batch(seqs)
+        if is_asked_at_once:
+            tables.append(step.page_table)
+        AFTER_A_STEP[change](manager, seqs)
+        check_integrity(manager)
+        tables.append(step.page_table)
+    at_once, again, late = tables
+    assert again is at_once
+    for name in ("indptr", "indices", "last_page_len", "seq_lens"):
+        assert torch.equal(getattr(at_once, name), getattr(late, name)), name
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_no_csr_is_made_for_who_reads_the_dense_table_alone(page_size, monkeypatch):
+    manager = KVCacheManager(400, page_size)
+    seqs = [opened(manager, 3 + number, 100 * number) for number in range(5)]
+    monkeypatch.setattr("pagedkv.management.row_heap.RowSnapshot.read", raising(AssertionError))
+    for number in range(12):
+        step = manager.batch(seqs)
+        dense, lengths = step.dense_table(), step.seq_lens
+        assert [
+            row[:count] for row, count in zip(dense.tolist(), (-(-lengths // page_size)).tolist(), strict=True)
+        ] == [[*seq.page_ids] for seq in seqs]
+        slots = [seq.page_ids[-1] * page_size + (seq.num_tokens - 1) % page_size for seq in seqs]
+        assert step.slot_mapping.tolist() == slots
+        manager.commit(seqs, np.arange(5) + 10 * number)
+
+
+def test_seq_lens_and_slots_are_the_callers():
+    manager = make_manager()
+    seqs = [opened(manager, 3), opened(manager, 1)]
+    step = manager.batch(seqs)
+    step.seq_lens.zero_()
+    step.slot_mapping.zero_()
+    assert step.seq_lens.tolist() == [4, 2]
+    assert manager.batch(seqs).slot_mapping.tolist() == [8, 6]
 
 
 def test_dense_table_is_one_buffer_that_is_written_where_it_changed():
@@ -105,6 +175,17 @@ def test_dense_table_is_one_buffer_that_is_written_where_it_changed():
     manager.batch(seqs, 2)
     with pytest.raises(ValueError, match="must be asked for before the next step, got a step that is over"):
         step.dense_table()
+
+
+def test_a_dense_table_whose_making_was_interrupted_is_made_again(monkeypatch):
+    manager = KVCacheManager(20, page_size=2)
+    seqs = [opened(manager, 4), opened(manager, 2, 50)]
+    step = manager.batch(seqs)
+    with monkeypatch.context() as patch:
+        patch.setattr("pagedkv.management.step_table.StepTable._put_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step.dense_table()
+    assert step.dense_table().tolist() == [[0, 1, 3], [2, 4, -1]]
 
 
 def test_all_or_nothing():
@@ -266,7 +347,7 @@ def test_an_interrupted_step_is_not_built_upon(monkeypatch):
     manager.batch(seqs)
     manager.commit(seqs, [1, 2])
     with monkeypatch.context() as patch:
-        patch.setattr("pagedkv.management.step_planner.BookedTable", interrupt)
+        patch.setattr("pagedkv.management.step_planner.StepBatch", interrupt)
         with pytest.raises(KeyboardInterrupt):
             manager.batch(seqs)
     for seq in seqs:
@@ -278,6 +359,49 @@ def test_an_interrupted_step_is_not_built_upon(monkeypatch):
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_a_planner_that_forgets_reads_everything_again():
+    manager = KVCacheManager(16, page_size=4)
+    seqs = [opened(manager, 4), opened(manager, 6, 50)]
+    step = manager.batch(seqs)
+    # As after an interrupt: books that no version tells of.
+    rows = manager.ledger.rows
+    rows.num_tokens[seqs[0]._row] = 4
+    rows.pages.truncate(seqs[0]._row, 1)
+    manager._planner.forget()
+    with pytest.raises(ValueError, match="got a step that is over"):
+        step.dense_table()
+    assert list(manager.step_rows()) == []
+    with pytest.raises(ValueError, match="a reserved token without an id each, got none at position 0"):
+        manager.commit(seqs, [1, 1])
+    again = manager.batch(seqs)
+    assert again.seq_lens.tolist() == [5, 8]
+    same_table(again.page_table, seqs)
+
+
+def test_what_a_cache_refuses_is_not_committed(monkeypatch):
+    manager = make_manager(page_size=4)
+    seqs = [opened(manager, 3), opened(manager, 5, 50), opened(manager, 3, 70), opened(manager, 7, 90)]
+    manager.batch(seqs)
+    cache, calls = type(manager.ledger.cache), []
+    insert = cache.insert
+
+    def refuse_the_second(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise ValueError("no more")
+        return insert(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "insert", refuse_the_second)
+        with pytest.raises(ValueError, match="no more"):
+            manager.commit(seqs, [1, 2, 3, 4])
+    assert [seq.num_committed for seq in seqs] == [4, 5, 3, 7]
+    check_integrity(manager)
+    manager.commit(seqs[1:], [2, 3, 4])
+    assert [seq.token_ids[-1] for seq in seqs] == [1, 2, 3, 4]
+    assert manager.open([70, 71, 72, 3]).num_cached_tokens == 4
 
 
 @pytest.mark.parametrize("num_before", [0, 1])
@@ -324,7 +448,7 @@ def test_a_sequence_that_cannot_be_made_leaves_no_lock(monkeypatch):
         seq.commit([1, 2, 3, 4])
     for options, words in (
         ({"window": 2**63}, "window must be below"),
-        ({"priority": 2**31}, "priority must be below"),
+        ({"priority": 2**63}, "priority must be below"),
     ):
         with pytest.raises(ValueError, match=words):
             manager.open([1, 2, 3, 4], **options)
@@ -347,3 +471,19 @@ def test_a_step_that_was_interrupted_is_not_built_upon(monkeypatch):
     manager.commit(seqs[:2], [7, 8])
     check_integrity(manager)
     assert manager.batch(seqs).seq_lens.tolist() == [2, 2, 1]
+
+
+def test_commit_of_a_step_is_that_of_each_sequence():
+    """Pages are published and given back behind windows at the same tokens."""
+    managers = [make_manager(80, 2), make_manager(80, 2)]
+    worlds = [[manager.open([], window=window) for window in (None, 1, 2, 3, 5, 8)] for manager in managers]
+    for number in range(15):
+        for manager, seqs in zip(managers, worlds, strict=True):
+            manager.batch(seqs)
+        managers[0].commit(worlds[0], np.arange(6) + 10 * number)
+        for place, seq in enumerate(worlds[1]):
+            seq.commit([10 * number + place])
+        states = [[(seq.num_committed, seq.num_pages_given_back, seq.page_ids) for seq in seqs] for seqs in worlds]
+        assert states[0] == states[1]
+        assert managers[0].ledger.cache.num_cached_pages == managers[1].ledger.cache.num_cached_pages
+    assert [given_back for _, given_back, _ in states[0]] == [0, 7, 7, 6, 5, 4]

@@ -1,6 +1,6 @@
 import pytest
 
-from pagedkv import KVCacheManager
+from pagedkv import HashedPageCache, KVCacheManager
 
 
 def make_manager(num_pages=6, page_size=2, **options):
@@ -130,3 +130,74 @@ def test_swapped_windows_come_back():
 def test_window_is_checked(window, error):
     with pytest.raises(error, match="window must be"):
         make_manager().open([], window=window)
+
+
+def make_windowed(num_pages=20, **options):
+    return KVCacheManager(num_pages, page_size=2, window=5, debug=True, **options)
+
+
+def test_a_manager_of_one_window_finds_prompts_of_any_length_by_what_the_window_sees():
+    manager = make_windowed()
+    ids = list(range(17))
+    seq = manager.open(ids)
+    for token in ids:
+        seq.append(1)
+        seq.commit([token])
+    assert [page >= 0 for page in seq.page_ids] == [False] * 6 + [True] * 3
+    seq.close()
+    again = manager.open(ids)
+    assert again.num_cached_tokens == 16
+    assert [page >= 0 for page in again.page_ids] == [False] * 6 + [True] * 2
+    again.append(1)
+    again.commit([16])
+    fork = again.fork()
+    again.append(1)
+    fork.append(1)
+    assert again.page_ids[-1] != fork.page_ids[-1]
+    # The pages of the last window stay while somebody has it open; the others go first.
+    assert manager.evict() == 6
+    assert manager.open(ids).num_cached_tokens == 16
+
+
+def test_what_was_published_can_be_taken_back_as_far_as_its_window_is_there():
+    manager = KVCacheManager(20, page_size=2, window=4, debug=True)
+    seq = manager.open([])
+    seq.append(12)
+    seq.commit(list(range(12)))
+    seq.truncate(11)
+    seq.append(1)
+    src, dst = manager.take_copies()
+    assert src.shape == dst.shape == (1,)
+    seq.commit([99])
+    assert manager.open([*range(11), 99]).num_cached_tokens == 12
+    assert manager.open(list(range(12))).num_cached_tokens == 12
+    with pytest.raises(ValueError, match=r"num_tokens must be at least 11, whose window begins behind"):
+        seq.truncate(5)
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": "5"}, TypeError, "window must be an int"),
+        (
+            {"window": 5, "prefix_cache": HashedPageCache(2, window=6)},
+            ValueError,
+            r"must have window 5 \(the manager's\)",
+        ),
+        ({"prefix_cache": HashedPageCache(2, window=6)}, ValueError, r"must have window None \(the manager's\)"),
+    ],
+)
+def test_windows_of_a_manager_are_checked(options, error, words):
+    with pytest.raises(error, match=words):
+        KVCacheManager(4, page_size=2, **options)
+
+
+def test_a_cache_of_whole_prefixes_serves_a_manager_of_one_window():
+    manager = make_windowed(prefix_cache="radix")
+    seq = manager.open([])
+    for token in range(9):
+        seq.append(1)
+        seq.commit([token])
+    seq.close()
+    assert manager.open(list(range(9))).num_cached_tokens == 4

@@ -27,12 +27,12 @@ from manager_model import NAMESPACES, ContentPool, ContentTier, Shadow
 
 from pagedkv import IntegrityError, KVCacheManager, OutOfPagesError, PageTable, TierError, check_integrity
 from pagedkv.management.allocator import PageAllocator
-from pagedkv.management.ledger import PageLedger
+from pagedkv.management.page_budget import PageBudget
 from pagedkv.management.pinned import PinnedPrefix
+from pagedkv.management.row_heap import RowSnapshot
 from pagedkv.management.sequence import Sequence
 from pagedkv.management.sequence_rows import SequenceRows
 from pagedkv.management.step_planner import StepPlanner
-from pagedkv.management.step_table import StepTable
 
 SHARING = {"page_size": 4, "num_pages": 20}
 CACHING = {"page_size": 1, "num_pages": 20, "prefix_cache": True}
@@ -470,12 +470,11 @@ def free_twice(monkeypatch):
 def free_duplicates(monkeypatch):
     publish = Sequence._publish
 
-    def publish_and_free_what_the_cache_did_not_take(self, stop):
-        publish(self, stop)
-        if self.cache is not None:
-            allocator, pages = self._ledger.allocator, self._page_view(0, stop // self._ledger.page_size)
-            not_taken = pages[~self.cache.holds(pages)]
-            allocator.release(not_taken[allocator.owner_counts_of(not_taken) > 0])
+    def publish_and_free_what_the_cache_did_not_take(self, cache, stop):
+        publish(self, cache, stop)
+        allocator, pages = self._ledger.allocator, self._page_view(0, stop // self._ledger.page_size)
+        not_taken = pages[~cache.holds(pages)]
+        allocator.release(not_taken[allocator.owner_counts_of(not_taken) > 0])
 
     monkeypatch.setattr(Sequence, "_publish", publish_and_free_what_the_cache_did_not_take)
 
@@ -486,18 +485,18 @@ def retain_one_page_less(monkeypatch):
 
 
 def keep_the_owners_of_published_pages(monkeypatch):
-    monkeypatch.setattr(PageLedger, "hand_over", lambda self, pages: None)
+    monkeypatch.setattr(PageBudget, "hand_over", lambda self, pages: None)
 
 
 def lose_the_owners_of_evicted_pages(monkeypatch):
-    evicted = PageLedger._evicted
+    evicted = PageBudget._evicted
 
     def evicted_without_owners(self, num_pages):
         for pages in evicted(self, num_pages):
             self.allocator._num_owners[pages] = 0
             yield pages
 
-    monkeypatch.setattr(PageLedger, "_evicted", evicted_without_owners)
+    monkeypatch.setattr(PageBudget, "_evicted", evicted_without_owners)
 
 
 def unlock_nothing(monkeypatch):
@@ -545,8 +544,8 @@ def forget_what_changed(monkeypatch):
 def count_a_step_twice(monkeypatch):
     batch = StepPlanner._batch
 
-    def batch_twice(self, num_tokens, grown):
-        step = batch(self, num_tokens, grown)
+    def batch_twice(self, num_tokens):
+        step = batch(self, num_tokens)
         self._ledger.rows.num_tokens[self._rows] += 1
         return step
 
@@ -592,11 +591,11 @@ def write_to_shared_page_in_a_step(monkeypatch):
 
 
 def copy_nothing(monkeypatch):
-    monkeypatch.setattr(PageLedger, "copy_pages", lambda self, pairs: None)
+    monkeypatch.setattr(PageBudget, "copy_pages", lambda self, pairs: None)
 
 
 def give_away_what_waits_to_be_copied(monkeypatch):
-    copy_pages = PageLedger.copy_pages
+    copy_pages = PageBudget.copy_pages
 
     def copy_without_a_hold(self, pairs):
         copy_pages(self, pairs)
@@ -608,8 +607,8 @@ def give_away_what_waits_to_be_copied(monkeypatch):
         copies, self.pending_copies = self.pending_copies, []
         return copies
 
-    monkeypatch.setattr(PageLedger, "copy_pages", copy_without_a_hold)
-    monkeypatch.setattr(PageLedger, "take_copies", take)
+    monkeypatch.setattr(PageBudget, "copy_pages", copy_without_a_hold)
+    monkeypatch.setattr(PageBudget, "take_copies", take)
 
 
 def load_nothing(monkeypatch):
@@ -617,8 +616,12 @@ def load_nothing(monkeypatch):
 
 
 def insert_pages_one_place_early(monkeypatch):
-    insert = StepTable._insert
-    monkeypatch.setattr(StepTable, "_insert", lambda self, ends, pages: insert(self, np.maximum(ends - 1, 0), pages))
+    joined = RowSnapshot._joined
+
+    def join_early(before, grown, new, indptr):
+        return joined(before, grown, new, np.maximum(indptr - 1, 1))
+
+    monkeypatch.setattr(RowSnapshot, "_joined", staticmethod(join_early))
 
 
 def ignore_the_watermark(monkeypatch):
@@ -630,7 +633,10 @@ def ignore_the_watermark_in_a_step(monkeypatch):
 
 
 def ignore_the_limit(monkeypatch):
-    monkeypatch.setattr(Sequence, "_room_in_cache", lambda self, num_pages: num_pages)
+    room_in_cache = Sequence._room_in_cache
+    monkeypatch.setattr(
+        Sequence, "_room_in_cache", lambda self, cache, stop: (room_in_cache(self, cache, stop)[0], stop)
+    )
 
 
 @pytest.mark.parametrize(

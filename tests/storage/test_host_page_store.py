@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from pagedkv import KVCacheSpec, KVPool, MLACacheSpec, MLAPool, TierError
+from pagedkv.storage import HybridKVPool, make_layer_groups
 from pagedkv.storage.host import HostPageStore
+from pagedkv.testing.bits import same_bits
 
 
 def make_pool(kind="kv", order="layer_first", dtype=torch.bfloat16):
@@ -46,6 +48,28 @@ def test_pages_come_back_bit_for_bit_anywhere(kind, dtype, order):
     assert all(torch.equal(page_bytes(pool, page), before[page]) for page in (0, 3, 4, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_pages_of_all_groups_of_a_hybrid_pool_come_back_with_every_byte(dtype):
+    spec = KVCacheSpec(num_layers=4, num_kv_heads=1, head_dim=5, page_size=3, dtype=dtype, order="page_first")
+    pool = HybridKVPool(spec, make_layer_groups(spec, [7, 7, 7, None]), 6)
+    full, sliding = pool.groups
+    fill(pool)
+    slots = torch.arange(full.page_size) + 5 * full.page_size
+    keys, _ = pool.gather(3, slots)
+    values = pool.value_pages(1)[2].clone()
+    by_page = pool.buffer.view(torch.uint8).view(6, -1)
+    saved = by_page[[5, 2]].clone()
+    store = HostPageStore(pool, 2)
+    ticket = store.save(torch.tensor([5, 2]))
+    fill(pool)
+    before = by_page.clone()
+    store.load(ticket, torch.tensor([0, 4]))
+    assert torch.equal(by_page, torch.stack([saved[0], *before[1:4], saved[1], before[5]]))
+    assert same_bits(pool.gather(3, slots - 5 * full.page_size)[0], keys)
+    assert same_bits(pool.value_pages(1)[4], values)
+    assert (full.page_size, sliding.page_size) == (9, 3)
+
+
 def test_room_is_counted_in_pages():
     store = HostPageStore(make_pool(), 3)
     first, second = store.save(torch.tensor([0, 1])), store.save(torch.tensor([2]))
@@ -86,7 +110,7 @@ def test_wrong_pages_are_refused_before_anything_is_written(pages, error, messag
 
 
 def test_what_it_is_made_of_is_checked():
-    with pytest.raises(TypeError, match="pool must be a KVPool or an MLAPool, got int"):
+    with pytest.raises(TypeError, match="pool must be a KVPool, a HybridKVPool or an MLAPool, got int"):
         HostPageStore(3, 3)
     with pytest.raises(ValueError, match="num_pages must be at least 1, got 0"):
         HostPageStore(make_pool(), 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..integrations.transformers import PagedModel
 from ..kernels.backend import backends
 from ..management.manager import KVCacheManager
 from ..management.radix_cache import Namespace, namespace_key
+from ..management.step_batch import StepBatch
 from ..shapes import check_choice, check_int
 from ..spec import KVCacheSpec
 from ..storage.pool import KVPool
@@ -24,7 +24,8 @@ from .prompts import eos_token_ids, prompt_token_ids
 from .request import OnToken, Request, RequestResult
 from .runner import StepRunner
 from .sampling import SamplingParams, seed_of
-from .scheduler import Scheduler, Work
+from .schedule import Schedule, Work, reserve
+from .scheduler import Scheduler
 from .stats import Counts, EngineStats, StepReport
 from .text import TextStream
 
@@ -87,6 +88,7 @@ class Engine:
         self._num_submitted = 0
         self._finished: list[Request] = []
         self._counts = Counts()
+        self._has_forked = False
         self._lock = threading.RLock()
         self._is_stepping = False
         self._is_closed = False
@@ -158,8 +160,8 @@ class Engine:
                 raise ValueError(
                     "step must not be called by on_token, got a call inside a step. Submit and return instead."
                 )
-            self._is_stepping = True
             try:
+                self._is_stepping = True
                 return self._step()
             finally:
                 self._is_stepping = False
@@ -224,7 +226,9 @@ class Engine:
         """Counts from 0 again; pages, and peaks of pages named now, are not counts."""
         with self._lock:
             self._counts = Counts()
-            self._counts.add_pages(self.manager.stats())
+            pages = self.manager.stats()
+            self._counts.add_pages_used(pages.owned)
+            self._counts.add_pages_shared(pages.shared)
 
     def clear_prefix_cache(self) -> None:
         """Frees all pages that no running request names."""
@@ -282,14 +286,15 @@ class Engine:
         started = time.perf_counter()
         schedule = self._scheduler.schedule()
         self._counts.add_admissions(schedule.admitted, started)
-        self._counts.add_pages(self.manager.stats())
+        self._note_pages(schedule)
         # Counted before the step: accepting a token moves the end of a request's ids.
         num_decode = sum(work.is_decode for work in schedule.works)
         num_prefill = sum(work.num_tokens for work in schedule.works) - num_decode
         for request, error in schedule.failed:
             self._answers.finish(request, "error", error)
-        if schedule.works:
-            self._execute(schedule.works)
+        if schedule.batch is not None:
+            self._execute(schedule.works, schedule.batch)
+        self._scheduler.finish_step()
         seconds = time.perf_counter() - started
         self._counts.add_step(num_prefill, num_decode, len(schedule.preempted), seconds)
         finished, self._finished = tuple(self._finished), []
@@ -297,10 +302,19 @@ class Engine:
             num_prefill, num_decode, self.num_running, self.num_waiting, finished, tuple(schedule.preempted), seconds
         )
 
-    def _execute(self, works: list[Work]) -> None:
+    def _note_pages(self, schedule: Schedule) -> None:
+        """Raises the peaks of pages to what they are now."""
+        manager = self.manager
+        self._counts.add_pages_used(manager.num_pages - manager.num_free_pages - manager.num_evictable_pages)
+        # Nothing else lets sequences name the same page, and it takes a walk over all of them to know.
+        if schedule.admitted or self._has_forked:
+            self._has_forked = False
+            self._counts.add_pages_shared(manager.stats().shared)
+
+    def _execute(self, works: list[Work], batch: StepBatch) -> None:
         """Computes the works together; when that fails, those of each request alone, so that the error finds it."""
         try:
-            output = self._runner.run(works)
+            output = self._runner.run(works, batch)
         except Exception as error:  # noqa: BLE001 - whatever a model raises is the answer of a request, not the engine's end
             of_request: dict[int, list[Work]] = {}
             for work in works:
@@ -310,10 +324,11 @@ class Engine:
                 return
             for own in of_request.values():
                 if not own[0].request.finished:  # a callback of one before may have cancelled it
-                    self._execute([replace(work, slots=work.seq.append(work.num_tokens)) for work in own])
+                    self._execute(own, reserve(self.manager, own))
             return
         for work in works:
-            work.request.fork_followers()
+            self._has_forked |= work.request.fork_followers()
+        self._has_forked |= bool(output.beams)
         self._answers.accept(output)
 
     def _note_end(self, request: Request) -> None:

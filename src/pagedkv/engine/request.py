@@ -151,13 +151,16 @@ class Request:
         """How many of its tokens a continuation has to compute: the trunk first those that its followers need too."""
         return self.num_shared if self.followers else len(continuation.ids)
 
-    def fork_followers(self) -> None:
-        """Lets all continuations go on by themselves, once the trunk has computed what they have in common."""
+    def fork_followers(self) -> bool:
+        """Lets all continuations go on by themselves, once the trunk has computed what they have in common; True when
+        they do so now."""
         followers = self.followers
         trunk = self.live[0].seq if followers else None
-        if trunk is not None and trunk.num_committed >= self.num_shared:
-            for continuation in followers:
-                continuation.seq = trunk.fork()
+        if trunk is None or trunk.num_committed < self.num_shared:
+            return False
+        for continuation in followers:
+            continuation.seq = trunk.fork()
+        return True
 
     def give_pages_back(self) -> None:
         """Closes all sequences; the next admission begins with what the continuations now have in common."""

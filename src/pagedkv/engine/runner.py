@@ -8,11 +8,12 @@ import torch
 
 from ..integrations.transformers import PagedModel, PagedStep
 from ..management.manager import KVCacheManager
+from ..management.step_batch import StepBatch
 from ..storage.pool import KVPool
 from .continuation import Continuation
 from .request import Request
 from .sampling import sample
-from .scheduler import Work
+from .schedule import Work, commit
 
 __all__ = ["BeamLogits", "SampledToken", "StepOutput", "StepRunner"]
 
@@ -52,12 +53,14 @@ class StepRunner:
         self._manager = manager
         self._backend = backend
 
-    def run(self, works: list[Work]) -> StepOutput:
-        """What follows from the works, for the continuations whose last token was among them."""
+    def run(self, works: list[Work], batch: StepBatch) -> StepOutput:
+        """What follows from the works, for the continuations whose last token was among them.
+
+        batch: what was reserved for the works, in their order.
+        """
         try:
-            output = self._forward(works)
-            for work in works:
-                work.seq.commit(work.token_ids)
+            output = self._forward(works, batch)
+            commit(self._manager, works)
         except BaseException:
             for work in works:
                 if not work.seq.is_closed:
@@ -65,24 +68,24 @@ class StepRunner:
             raise
         return output
 
-    def _forward(self, works: list[Work]) -> StepOutput:
+    def _forward(self, works: list[Work], batch: StepBatch) -> StepOutput:
         device = self._model.device
         ids = [token for work in works for token in work.token_ids]
-        stops = torch.tensor([0, *(work.num_tokens for work in works)], device=device).cumsum(0)
         step = PagedStep(
             self._pool,
             self._model.geometry,
-            self._manager.page_table([work.seq for work in works]),
-            stops.to(torch.int32),
-            torch.cat([work.slots for work in works]),
+            batch.page_table,
+            batch.query_indptr,
+            batch.slot_mapping,
             backend=self._backend,
         )
-        receivers = [(at, work.receivers) for at, work in enumerate(works)]
-        receivers = [(at, each) for at, each in receivers if each]
-        rows = stops[torch.tensor([at for at, _ in receivers], dtype=torch.int64, device=device) + 1] - 1
+        receivers = [work.receivers for work in works]
+        rows = step.last_rows()
+        if not all(receivers):
+            rows = rows[torch.tensor([bool(each) for each in receivers], device=device)]
         logits = self._model.forward(torch.tensor(ids, device=device), step, logit_rows=rows)
         with torch.inference_mode():
-            return _output([each for _, each in receivers], logits)
+            return _output([each for each in receivers if each], logits)
 
 
 def _output(receivers: list[list[Continuation]], logits: torch.Tensor) -> StepOutput:

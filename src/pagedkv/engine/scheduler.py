@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
-
-import torch
 
 from ..errors import OutOfPagesError
 from ..kernels.compare_key import common_prefix_len
 from ..management.manager import KVCacheManager
 from ..management.sequence import Sequence
 from .beam_group import is_torn, take_tokens
-from .continuation import Continuation
 from .page_needs import num_pages_in_all, num_pages_to_come
 from .request import Request
+from .schedule import Schedule, Work, due_works, reserve, within
 
-__all__ = ["Schedule", "Scheduler", "Work"]
-
-_Part = tuple[Continuation, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """Tokens [start, stop) of a continuation's ids, to be computed into `slots`."""
-
-    continuation: Continuation
-    seq: Sequence
-    start: int
-    stop: int
-    slots: torch.Tensor
-
-    @property
-    def request(self) -> Request:
-        """Whose continuation it is."""
-        return self.continuation.request
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The tokens to compute."""
-        return self.continuation.ids[self.start : self.stop]
-
-    @property
-    def num_tokens(self) -> int:
-        """How many they are."""
-        return self.stop - self.start
-
-    @property
-    def is_decode(self) -> bool:
-        """One token that was sampled in the step before, in contrast to prompts and what is computed again."""
-        return self.num_tokens == 1 and self.start >= len(self.request.prompt_ids)
-
-    @property
-    def receivers(self) -> list[Continuation]:
-        """The continuations whose next token can be sampled after it: its own, and what waits for it and ends there."""
-        # While any follow, nobody but the trunk has works.
-        own = [self.continuation, *self.request.followers]
-        return [each for each in own if len(each.ids) == self.stop]
-
-
-@dataclass
-class Schedule:
-    """One step. `failed` requests cannot be run by anybody's leaving; the engine answers them with the error."""
-
-    works: list[Work] = field(default_factory=list)
-    admitted: list[Request] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-    failed: list[tuple[Request, OutOfPagesError]] = field(default_factory=list)
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -91,6 +38,7 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self._shares_prefixes = shares_prefixes
         self._leaders: dict[int, tuple[Request, int]] = {}
+        self._is_step_open = False
         self.waiting: list[Request] = []
         self.running: list[Request] = []
 
@@ -108,89 +56,94 @@ class Scheduler:
         request.give_pages_back()
 
     def schedule(self) -> Schedule:
-        """The work of the next step, with its slots reserved. Nothing is reserved when it raises."""
-        self._take_back_what_was_broken_off()
+        """The work of the next step, reserved together. Nothing is reserved, and nobody admitted, when it raises."""
+        if self._is_step_open:
+            self._take_back_what_was_broken_off()
+        self._is_step_open = True
         schedule = Schedule()
-        budget = self._max_batch_tokens
-        due = [(request, _due(request)) for request in self.running]
-        num_decoding = sum(num_tokens == 1 for _, parts in due for _, num_tokens in parts)
-        for request, parts in due:
-            if request.status != "running":
-                continue  # preempted by an older one just now
-            num_decoding -= sum(num_tokens == 1 for _, num_tokens in parts)
-            works = self._reserve(request, _within(parts, budget - num_decoding), schedule)
-            schedule.works += works
-            budget -= sum(work.num_tokens for work in works)
-        if not schedule.preempted:
-            self._admit(schedule, budget)
+        due = [work for request in self.running for work in due_works(request)]
+        schedule.works = within(due, self._max_batch_tokens)
+        try:
+            if self.waiting:
+                self._admit(schedule)
+            self._reserve(schedule)
+        except BaseException:
+            for request in [*schedule.admitted, *self.waiting]:
+                if request.live[0].seq is not None:
+                    self._put_back(request)
+            raise
         return schedule
+
+    def finish_step(self) -> None:
+        """Says that all that was scheduled is computed and taken up. Without it the next step looks for what is not."""
+        self._is_step_open = False
 
     def _take_back_what_was_broken_off(self) -> None:
         """An interrupt (Ctrl-C) may end a step anywhere: slots reserved in it, and a token that was computed but not
         sampled, are to be computed again."""
         for request in list(self.running):
+            seqs = [(continuation.seq, request.stop_of(continuation)) for continuation in request.live]
             if is_torn(request):
                 take_tokens(request)
                 self._preempt(request)
-                continue
-            for continuation in request.live:
-                seq = continuation.seq
-                if seq is None:
-                    continue
-                kept = min(seq.num_committed, request.stop_of(continuation) - 1)
-                if seq.num_tokens > kept:
-                    seq.truncate(kept)
+            elif seqs[0][0] is None or any(seq is not None and seq.is_closed for seq, _ in seqs):
+                self._preempt(request)  # it was giving its pages back
+            else:
+                for seq, stop in seqs:
+                    if seq is not None:
+                        # Also pages that it has got and no tokens yet.
+                        seq.truncate(min(seq.num_committed, stop - 1))
 
-    def _reserve(self, request: Request, parts: list[_Part], schedule: Schedule) -> list[Work]:
-        """The works of a running request with their slots; none when it had to give its pages back for them."""
-        works: list[Work] = []
-        for continuation, num_tokens in parts:
-            seq = continuation.seq
-            assert seq is not None  # it runs
-            start = seq.num_tokens
-            while (slots := seq.try_append(num_tokens)) is None:
+    def _reserve(self, schedule: Schedule) -> None:
+        """Reserves for all works; the newest running requests give their pages back until those of the others fit."""
+        while schedule.works:
+            try:
+                schedule.batch = reserve(self._manager, schedule.works)
+                return
+            except OutOfPagesError as error:
                 newest = self.running[-1]
-                if newest is request and len(self.running) == 1:
+                if len(self.running) == 1:
                     # Whoever has the pages is not one of ours.
-                    needed = self._num_pages(start + num_tokens) - self._num_pages(start)
-                    schedule.failed.append((request, self._out_of_pages(max(needed, 1))))
-                    return []
-                self._preempt(newest)
-                schedule.preempted.append(newest)
-                if newest is request:
-                    return []
-            works.append(Work(continuation, seq, start, start + num_tokens, slots))
-        return works
+                    schedule.failed.append((newest, error))
+                    schedule.works = []
+                    return
+            self._preempt(newest)
+            schedule.preempted.append(newest)
+            schedule.works = [work for work in schedule.works if work.request is not newest]
 
     def _preempt(self, request: Request) -> None:
-        request.give_pages_back()
+        self._put_back(request)
         request.num_preemptions += 1
-        self.running.remove(request)
-        self.add(request)
 
-    def _admit(self, schedule: Schedule, budget: int) -> None:
+    def _put_back(self, request: Request) -> None:
+        request.give_pages_back()
+        # In an order in which an interrupt leaves it in a list.
+        if request not in self.waiting:
+            self.add(request)
+        if request in self.running:
+            self.running.remove(request)
+
+    def _admit(self, schedule: Schedule) -> None:
+        """Puts waiting requests, and their first works, behind those that run."""
+        budget = self._max_batch_tokens - sum(work.num_tokens for work in schedule.works)
         num_seqs = sum(len(request.live) for request in self.running)
         for request in list(self.waiting):
             if budget <= 0 or num_seqs >= self.max_num_seqs:
                 return
             if self._follows(request):
                 continue
-            num_seqs += len(request.live)
-            if num_seqs > self.max_num_seqs:
+            if num_seqs + len(request.live) > self.max_num_seqs:
                 return
             # Without the last token: its logits are needed, so it is computed even when it is cached.
             trunk, stop = request.live[0], request.num_shared
-            seq = self._manager.open(trunk.ids[: stop - 1], request.namespace)
+            trunk.seq = seq = self._manager.open(trunk.ids[: stop - 1], request.namespace)
             leader = self._leader(request, seq.num_tokens)
             if leader is not None:
-                seq.close()
+                trunk.close()
                 self._leaders[request.id] = leader
-                num_seqs -= len(request.live)
                 continue
-            num_tokens = min(stop - seq.num_tokens, budget)
-            slots = seq.try_append(num_tokens) if self._has_room(request, seq.num_tokens) else None
-            if slots is None:
-                seq.close()
+            if not self._has_room(request, seq, schedule.works):
+                trunk.close()
                 if not self.running:
                     # Nobody runs, so nobody will make room: somebody else holds pages of this manager.
                     needed = num_pages_in_all(request, self._manager.page_size)
@@ -198,25 +151,30 @@ class Scheduler:
                 return
             if not request.num_preemptions:
                 request.num_cached_tokens = seq.num_cached_tokens
-            trunk.seq = seq
-            request.status = "running"
-            self.waiting.remove(request)
-            insort(self.running, request, key=_arrival)
             schedule.admitted.append(request)
-            start = seq.num_committed
-            schedule.works.append(Work(trunk, seq, start, start + num_tokens, slots))
-            budget -= num_tokens
+            insort(self.running, request, key=_arrival)
+            self.waiting.remove(request)
+            request.status = "running"
+            start = seq.num_tokens
+            work = Work(trunk, seq, start, min(stop, start + budget))
+            schedule.works.append(work)
+            budget -= work.num_tokens
+            num_seqs += len(request.live)
 
-    def _has_room(self, request: Request, num_cached: int) -> bool:
+    def _has_room(self, request: Request, seq: Sequence, works: list[Work]) -> bool:
         """Whether all tokens of a request fit beside what running ones still need, and a page for each continuation to
-        grow."""
-        page_size = self._manager.page_size
-        available = self._manager.num_free_pages + self._manager.num_evictable_pages
-        needed = num_pages_in_all(request, page_size) - self._num_pages(num_cached)
-        if not self.running:
+        grow. Neither the works chosen so far nor `seq`, opened for the request, have pages for their tokens yet."""
+        manager, page_size = self._manager, self._manager.page_size
+        needed = num_pages_in_all(request, page_size) - self._num_pages(seq.num_tokens)
+        if self.running:
+            needed += sum(num_pages_to_come(other, page_size) for other in self.running) + len(request.live)
+        available = manager.num_free_pages + manager.num_evictable_pages
+        # Each work may have a page to copy besides. Only where that decides the manager has to look at all of them.
+        if not needed <= available < needed + len(works):
             return needed <= available
-        needed += sum(num_pages_to_come(other, page_size) for other in self.running)
-        return needed + len(request.live) <= available
+        needed -= sum(self._num_pages(work.stop) - self._num_pages(work.start) for work in works)
+        counts = [*(work.num_tokens for work in works), needed * page_size]
+        return manager.can_batch([*(work.seq for work in works), seq], counts)
 
     def _out_of_pages(self, needed: int) -> OutOfPagesError:
         stats = self._manager.stats()
@@ -256,30 +214,6 @@ class Scheduler:
 
 def _arrival(request: Request) -> int:
     return request.id
-
-
-def _due(request: Request) -> list[_Part]:
-    """What a running request has to compute before its next tokens, by continuation."""
-    live = request.live
-    if request.followers:
-        return [(live[0], request.num_shared - live[0].num_computed)]
-    behind = [(beam, beam.num_uncomputed - 1) for beam in live if beam.num_uncomputed > 1]
-    if request.search is not None and behind:
-        # Beams are compared with each other, so the last token of each is left until all can compute theirs.
-        return behind
-    return [(continuation, continuation.num_uncomputed) for continuation in live]
-
-
-def _within(parts: list[_Part], budget: int) -> list[_Part]:
-    """The parts that fit into a budget of tokens: all of one token each, then as much of the others as is left."""
-    left = budget - sum(num_tokens == 1 for _, num_tokens in parts)
-    chosen = []
-    for continuation, wanted in parts:
-        num_tokens = 1 if wanted == 1 else min(wanted, left)
-        if num_tokens > 0:
-            chosen.append((continuation, num_tokens))
-            left -= num_tokens if wanted > 1 else 0
-    return chosen
 
 
 def _same_namespace(a: Request, b: Request) -> bool:

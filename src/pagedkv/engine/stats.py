@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from ..management.stats import ManagerStats
 from .request import Request
 
 __all__ = ["Counts", "EngineStats", "StepReport"]
@@ -36,6 +36,7 @@ class EngineStats:
     included that were computed again after a preemption. prefill_s and decode_s: whole steps (planning, forward pass,
     sampling, callbacks), a step that does both split in proportion to its tokens. num_pages_used: named by a running
     request; num_pages_cached: held by the prefix cache alone; shared: named by two running requests or more.
+    peak_pages_used counts pages that are neither free nor evictable: those named by a running request, and pinned ones.
     """
 
     num_steps: int
@@ -93,15 +94,18 @@ class Counts:
     def add_admissions(self, admitted: list[Request], now: float) -> None:
         """Counts each request once, also when it is admitted again after a preemption."""
         for request in admitted:
-            if not request.num_preemptions:
+            if math.isnan(request.admitted_at):
                 request.admitted_at = now
                 self.num_prompt_tokens += len(request.prompt_ids)
                 self.num_cached_tokens += request.num_cached_tokens
 
-    def add_pages(self, pages: ManagerStats) -> None:
-        """Raises the peaks to what the pages are now."""
-        self.peak_pages_used = max(self.peak_pages_used, pages.owned)
-        self.peak_pages_shared = max(self.peak_pages_shared, pages.shared)
+    def add_pages_used(self, num_pages: int) -> None:
+        """Raises the peak to what is used now."""
+        self.peak_pages_used = max(self.peak_pages_used, num_pages)
+
+    def add_pages_shared(self, num_pages: int) -> None:
+        """Raises the peak to what is shared now."""
+        self.peak_pages_shared = max(self.peak_pages_shared, num_pages)
 
     def add_step(self, num_prefill: int, num_decode: int, num_preemptions: int, seconds: float) -> None:
         """Splits a step's time over its prefill and decode tokens."""

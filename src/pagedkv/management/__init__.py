@@ -18,6 +18,9 @@ from .eviction import (
     register_eviction_policy,
 )
 from .hashed_cache import HashedPageCache
+from .hybrid_manager import HybridKVCacheManager
+from .hybrid_sequence import HybridSequence
+from .hybrid_step import HybridStepBatch
 from .integrity import check_integrity
 from .manager import KVCacheManager
 from .pinned import PinnedPrefix
@@ -38,6 +41,9 @@ __all__ = [
     "FIFOPolicy",
     "FILOPolicy",
     "HashedPageCache",
+    "HybridKVCacheManager",
+    "HybridSequence",
+    "HybridStepBatch",
     "InsertResult",
     "KVCacheManager",
     "LFUPolicy",

@@ -90,7 +90,10 @@ class PageAllocator:
 
     def num_owners(self, page: int) -> int:
         """Owners of one page, 0 when it is free."""
-        return int(self._num_owners[self._checked("page", [page])[0]])
+        check_int("page", page, minimum=0)
+        if page >= self.num_pages:
+            raise ValueError(f"page must be in 0..{self.num_pages - 1}, got {page}.")
+        return int(self._num_owners.item(page))
 
     def owner_counts(self) -> npt.NDArray[np.int32]:
         """Owners of every page, a copy [num_pages]."""
@@ -156,11 +159,11 @@ class PageAllocator:
             # Most closes release one page; array arithmetic would cost ten times as much.
             return self._release_one(pages) if pages.shape[0] else pages
         counts = self._num_owners[pages]
+        if np.count_nonzero(counts) < counts.shape[0]:
+            self._refuse_free("pages", pages, counts == 0)
         counts -= 1
-        if counts.min() < 0:
-            self._refuse_free("pages", pages, counts < 0)
         self._num_owners[pages] = counts
-        if counts.any():
+        if np.count_nonzero(counts):
             freed: PageArray = pages[counts == 0]
             self._num_extra_owners -= pages.shape[0] - freed.shape[0]
         else:
@@ -191,6 +194,14 @@ class PageAllocator:
                 "Release it instead."
             )
         self.release_distinct(checked)
+
+    def restore(self, owner_counts: npt.NDArray[np.int32]) -> None:
+        """Makes the owners of every page what they are said to be, [num_pages], whatever they were before."""
+        free = np.flatnonzero(owner_counts == 0).astype(np.int32)
+        self._num_owners[:] = owner_counts
+        self._free_stack[: free.shape[0]] = free[::-1]
+        self._num_free = free.shape[0]
+        self._num_extra_owners = int(np.maximum(owner_counts - 1, 0).sum())
 
     def _push(self, pages: PageArray) -> None:
         top = self._num_free + pages.shape[0]

@@ -11,6 +11,7 @@ from .draw_svg import svg_of
 from .draw_text import Decode, text_of
 
 if TYPE_CHECKING:
+    from .hybrid_manager import HybridKVCacheManager
     from .manager import KVCacheManager
     from .sequence import Sequence
 
@@ -21,7 +22,7 @@ _DEFAULT_WIDTH = {"text": 80, "svg": 800}
 
 
 def draw(
-    manager: KVCacheManager,
+    manager: KVCacheManager | HybridKVCacheManager,
     *,
     form: str = "text",
     width: int | None = None,
@@ -60,7 +61,7 @@ def draw(
     <BLANKLINE>
     A 6 tokens, pages 0-1
     """
-    if not hasattr(manager, "ledger"):
+    if not hasattr(manager, "budget"):
         raise TypeError(f"manager must be a KVCacheManager, got {type(manager).__name__}.")
     check_choice("form", form, list(_MIN_WIDTH))
     width = _DEFAULT_WIDTH[form] if width is None else width

@@ -14,6 +14,7 @@ from .allocator import PageArray
 from .stats import ManagerStats
 
 if TYPE_CHECKING:
+    from .hybrid_manager import HybridKVCacheManager
     from .manager import KVCacheManager
     from .sequence import Sequence
 
@@ -108,29 +109,31 @@ class CellMap:
     owners: npt.NDArray[np.int32]
 
 
-def take_picture(manager: KVCacheManager, *, names: Mapping[Sequence, str] | None, max_rows: int) -> Picture:
+def take_picture(
+    manager: KVCacheManager | HybridKVCacheManager, *, names: Mapping[Sequence, str] | None, max_rows: int
+) -> Picture:
     """Copies what a picture of `manager` needs, under its lock; later changes do not reach it.
 
     Cost: a pass over the pages, the live sequences and the nodes of the tree; tokens of at most `max_rows` nodes.
     """
-    ledger = manager.ledger
-    with ledger.lock:
+    budget = manager.budget
+    with budget.lock:
         stats = manager.stats()
-        sequences = _sequence_rows(list(ledger.live.values()), names or {})
+        live = [seq for ledger in budget.ledgers for seq in ledger.live.values()]
+        sequences = _sequence_rows(live, names or {})
         num_named, sharers = _who_names(stats.num_pages, sequences)
         held, locked = np.zeros((2, stats.num_pages), np.bool_)
         nodes: list[Any] = []
-        caches = list(ledger.caches())
-        for cache in caches:
+        for cache in budget.caches:
             nodes.extend(cache.nodes())
             held |= cache.held_mask(stats.num_pages)
         for node in nodes:
             if node.parent is not None and node.locks:
                 locked[node.pages] = True
         num_nodes = sum(node.parent is not None for node in nodes)
-        tree = _tree_rows(nodes, max_rows) if caches else None
-        kinds = _kinds(ledger.allocator.owner_counts(), num_named, held, locked)
-        kinds[ledger.allocator.reserved_pages] = PageKind.RESERVED
+        tree = _tree_rows(nodes, max_rows) if budget.caches else None
+        kinds = _kinds(budget.allocator.owner_counts(), num_named, held, locked)
+        kinds[budget.allocator.reserved_pages] = PageKind.RESERVED
     return Picture(stats, kinds, sharers, sequences, tree, num_nodes)
 
 

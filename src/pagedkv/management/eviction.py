@@ -56,6 +56,9 @@ class EvictionPolicy(Protocol):
 
     The order of a run may change only when the run is matched, inserted, locked, unlocked, split or shortened: it is a
     function of the run alone, never of the clock. It must not raise, and not call the cache.
+
+    A run about which it raises is asked about again when pages are to go, before any other. If it still raises, the
+    eviction ends there: it returns what it dropped until then, and raises the error when that is nothing.
     """
 
     def priority(self, run: CachedRun) -> tuple[float, ...]:
@@ -194,7 +197,14 @@ class EvictionQueue(Generic[Run]):
         if not run.is_evictable:
             self._withdraw(run)
             return
-        priority = self.policy.priority(run)
+        try:
+            priority = self.policy.priority(run)
+        except Exception:  # noqa: BLE001
+            # The least rank there is: `first` asks again.
+            priority = ()
+        self._put(run, priority)
+
+    def _put(self, run: Run, priority: tuple[float, ...]) -> None:
         if run.queued_serial is None:
             run.queued_serial = self._next_serial
             self._next_serial += 1
@@ -210,16 +220,22 @@ class EvictionQueue(Generic[Run]):
             heapq.heapify(self._heap)
 
     def first(self) -> Run | None:
-        """The evictable run of least rank, or None. Looks again at runs that changed and were not offered since."""
+        """The evictable run of least rank, or None. Looks again at runs that changed and were not offered since.
+
+        What the policy raises comes out; nothing has changed then.
+        """
         while self._heap:
             entry = self._heap[0]
             run = entry[3]
-            is_live = self._is_live(entry)
-            if is_live and run.is_evictable and self.policy.priority(run) == entry[0]:
-                return run
-            heapq.heappop(self._heap)
-            if is_live:
-                self.offer(run)
+            if not self._is_live(entry):
+                heapq.heappop(self._heap)
+            elif not run.is_evictable:
+                self._withdraw(run)
+            else:
+                priority = self.policy.priority(run)
+                if priority == entry[0]:
+                    return run
+                self._put(run, priority)
         return None
 
     def pop(self) -> Run | None:

@@ -1,18 +1,19 @@
-"""One page of a hashed cache, and the runs of pages that a look at the cache shows."""
+"""One page of a hashed cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from sys import getsizeof
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .allocator import PageArray
 from .prefix_cache import Namespace
 from .token_ids import TokenArray
 
-__all__ = ["HashedPage", "PageRun", "page_runs", "token_array"]
+if TYPE_CHECKING:
+    from .hashed_spans import LockSpan
+
+__all__ = ["HashedPage", "WindowPage", "token_array"]
 
 
 class HashedPage:
@@ -74,82 +75,29 @@ class HashedPage:
         return self.locks == 0 and self.num_children == 0 and self.parent is not None
 
 
-@dataclass(eq=False)
-class PageRun:
-    """Pages that continue each other, without a branch or the end of a locked handle between them: a copy.
+class WindowPage(HashedPage):
+    """One position of a prompt in a cache with a window: a cached page, a root, or a ghost.
 
-    A root has a namespace, no pages and no parent. Counts and times are those of all uses that ran through the run.
-    locks: how many locked handles protect it. anchors: how many of them end with it.
+    A ghost is what is known of a page that the cache does not hold and that others continue: `page` is -1, tokens and
+    digest are still here.
+
+    position: pages before it; a root is at -1.
+    locks:    how many spans have this page.
+    span:     what the locked handles of this page protect, None when there are none.
+    created:  when its page came, again after it had left.
+    last_access, num_hits, priority: of its own uses alone.
     """
 
-    parent: PageRun | None
-    namespace: Namespace
-    last: HashedPage
-    members: list[HashedPage] = field(default_factory=list)
-    children: list[PageRun] = field(default_factory=list)
-    locks: int = 0
-    last_access: int = 0
-    num_hits: int = 0
+    __slots__ = ("position", "span")
 
-    @property
-    def num_pages(self) -> int:
-        """Pages of the run."""
-        return len(self.members)
-
-    @property
-    def pages(self) -> PageArray:
-        """Page ids of the run [num_pages]."""
-        return np.array([page.page for page in self.members], np.int32)
-
-    @property
-    def tokens(self) -> TokenArray:
-        """Token ids of the run [num_pages * page_size]."""
-        return token_array(b"".join(page.token_bytes for page in self.members))
-
-    @property
-    def anchors(self) -> int:
-        """How many locked handles end with it."""
-        return self.last.anchors
-
-    @property
-    def created(self) -> int:
-        """When its first page came into the cache."""
-        return (self.members or [self.last])[0].created
+    parent: WindowPage | None
+    position: int
+    span: LockSpan | None
 
     @property
     def is_evictable(self) -> bool:
-        """True when its last page is."""
-        return self.last.is_evictable
-
-
-def page_runs(roots: Iterable[HashedPage], pages: Iterable[HashedPage]) -> list[PageRun]:
-    """The runs of all `pages`, which come after the pages that they continue; roots first, parents before children."""
-    run_of: dict[HashedPage, PageRun] = {root: PageRun(None, root.namespace, root) for root in roots}
-    runs = list(run_of.values())
-    for page in pages:
-        before = page.parent
-        assert before is not None  # only roots have none
-        run = run_of[before]
-        if before.parent is None or before.num_children > 1 or before.anchors:
-            run = PageRun(run, None, page)
-            runs.append(run)
-        run.members.append(page)
-        run.last = page
-        run_of[page] = run
-    for run in reversed(runs):
-        _sum_up(run)
-    return runs
-
-
-def _sum_up(run: PageRun) -> None:
-    """Adds what the pages of a run and the runs behind it know of their uses; these are summed up already."""
-    run.children.reverse()
-    own = run.members or [run.last]
-    run.last_access = max([page.last_access for page in own] + [child.last_access for child in run.children])
-    run.num_hits = sum(page.num_hits for page in own) + sum(child.num_hits for child in run.children)
-    run.locks = run.anchors + sum(child.locks for child in run.children)
-    if run.parent is not None:
-        run.parent.children.append(run)
+        """True for a page in the cache that nothing locks, whatever continues it."""
+        return self.locks == 0 and self.page >= 0
 
 
 def token_array(token_bytes: bytes) -> TokenArray:

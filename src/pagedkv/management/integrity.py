@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .integrity_caches import CacheView, require
+from .integrity_caches import CacheView, require, view_cache
 
 if TYPE_CHECKING:
+    from .hybrid_manager import HybridKVCacheManager
     from .ledger import PageLedger
     from .manager import KVCacheManager
+    from .page_budget import PageBudget
     from .pinned import PinnedPrefix
     from .sequence import Sequence
 
@@ -38,39 +40,45 @@ __all__ = ["check_integrity"]
 Counts = npt.NDArray[np.int64]
 
 
-def check_integrity(manager: KVCacheManager) -> None:
-    """Returns when every sentence above holds of `manager`.
+def check_integrity(manager: KVCacheManager | HybridKVCacheManager) -> None:
+    """Returns when every sentence above holds of `manager`, and of all that share its pages.
 
     Cost:   a pass over all pages, all live sequences and all of the prefix cache: for tests, and
             `KVCacheManager(debug=True)`.
     Raises: IntegrityError that quotes the sentence and the evidence.
     """
-    ledger = manager.ledger
-    with ledger.lock:
-        _check_free_list(ledger)
-        named = _count_names(ledger)
-        views = [CacheView(cache, ledger.allocator.num_pages) for cache in ledger.caches()]
-        held = np.zeros(ledger.allocator.num_pages, np.int64)
+    budget = manager.budget
+    with budget.lock:
+        _check_free_list(budget)
+        named = np.zeros(budget.allocator.num_pages, np.int64)
+        for ledger in budget.ledgers:
+            named += _count_names(ledger)
+        views = [view_cache(cache, budget.allocator.num_pages) for cache in budget.caches]
+        held = np.zeros(budget.allocator.num_pages, np.int64)
         for view in views:
             held += view.held
         for page in np.flatnonzero(held > 1)[:1]:
             require(False, "no page is at two positions of the prefix cache", f"page {page} is at {held[page]}")
         for view in views:
-            view.check_locks([one for one in _lock_holders(ledger) if one.cache is view.cache])
+            view.check_locks([one for one in _lock_holders(budget) if one.cache is view.cache])
             view.check_counters()
-        _check_owner_counts(ledger, named, held)
-        for view in views:
-            _check_coverage(ledger, view, held)
-        _check_table(manager)
+        _check_owner_counts(budget, named, held)
+        for ledger in budget.ledgers:
+            for view in views:
+                _check_coverage(ledger, view, held)
+            _check_table(ledger)
 
 
-def _lock_holders(ledger: PageLedger) -> list[Sequence | PinnedPrefix]:
-    return [*ledger.live.values(), *ledger.pins.values()]
+def _lock_holders(budget: PageBudget) -> list[Sequence | PinnedPrefix]:
+    holders: list[Sequence | PinnedPrefix] = []
+    for ledger in budget.ledgers:
+        holders += [*ledger.live.values(), *ledger.pins.values()]
+    return holders
 
 
-def _check_free_list(ledger: PageLedger) -> None:
+def _check_free_list(budget: PageBudget) -> None:
     sentence = "every page is on the free list once or has an owner, never both"
-    owners, free = ledger.allocator.owner_counts(), ledger.allocator.free_pages()
+    owners, free = budget.allocator.owner_counts(), budget.allocator.free_pages()
     listed = np.bincount(free, minlength=owners.shape[0])
     for page in np.flatnonzero(listed > 1)[:1]:
         require(False, sentence, f"page {page} is on the free list {listed[page]} times")
@@ -81,7 +89,7 @@ def _check_free_list(ledger: PageLedger) -> None:
     for page in np.flatnonzero((listed == 0) & (owners == 0))[:1]:
         require(False, sentence, f"page {page} has no owner and is not on the free list")
     extra = int(np.maximum(owners - 1, 0).sum())
-    counted = ledger.allocator.num_extra_owners
+    counted = budget.allocator.num_extra_owners
     require(counted == extra, sentence, f"{counted} owners beyond the first are counted, {extra} are there")
 
 
@@ -124,18 +132,18 @@ def _check_window(seq: Sequence, num_gone: int, page_size: int) -> None:
     require(num_gone * page_size <= seen_from, sentence, evidence)
 
 
-def _check_owner_counts(ledger: PageLedger, named: Counts, held: Counts) -> None:
+def _check_owner_counts(budget: PageBudget, named: Counts, held: Counts) -> None:
     sentence = "a page has one owner when the prefix cache holds it, and else as many as live sequences name it"
-    owners = ledger.allocator.owner_counts()
+    owners = budget.allocator.owner_counts()
     expected = np.where(held > 0, 1, named)
-    expected[: ledger.allocator.num_reserved] += 1
-    for page, times in ledger.copy_sources.items():
+    expected[: budget.allocator.num_reserved] += 1
+    for page, times in budget.copy_sources.items():
         expected[page] += times
     for page in np.flatnonzero(owners != expected)[:1]:
         where = "holds it" if held[page] else "does not hold it"
         evidence = (
             f"page {page} has {owners[page]} owners, {named[page]} sequences name it, the prefix cache {where} "
-            f"and {ledger.copy_sources.get(int(page), 0)} copies wait for it"
+            f"and {budget.copy_sources.get(int(page), 0)} copies wait for it"
         )
         require(False, sentence, evidence)
 
@@ -147,7 +155,9 @@ def _check_coverage(ledger: PageLedger, view: CacheView, held: Counts) -> None:
     for seq in ledger.live.values():
         if seq.cache is not view.cache or seq.state != "on pages":
             continue
+        num_locked = seq.num_locked_tokens
         tokens, locked = view.locked(seq)
+        tokens, locked = tokens[:num_locked], locked[: num_locked // ledger.page_size]
         pages, num_gone = np.array(seq.page_ids, np.int64), seq.num_pages_given_back
         require(locked.size <= pages.size, sentence, f"{seq} locks {locked.size} pages and names {pages.size}")
         others = np.flatnonzero((locked != pages[: locked.size])[num_gone:]) + num_gone
@@ -165,8 +175,8 @@ def _check_coverage(ledger: PageLedger, view: CacheView, held: Counts) -> None:
             require(is_equal, "a pin locks the pages it names", f"{pin} names {pin.page_ids}, not {locked.tolist()}")
 
 
-def _check_table(manager: KVCacheManager) -> None:
+def _check_table(ledger: PageLedger) -> None:
     sentence = "the table of the last step names what its sequences name"
-    for seq, pages in manager.step_rows():
+    for seq, pages in () if ledger.planner is None else ledger.planner.table_rows():
         expected = np.maximum(seq.row_pages(), 0)
         require(np.array_equal(pages, expected), sentence, f"{seq} has {expected.tolist()}, not {pages.tolist()}")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import IntegrityError
 from .prefix_cache import CacheHandle, Namespace, PrefixCache, namespace_key
 
-__all__ = ["CacheView", "LockHolder", "require"]
+__all__ = ["CacheView", "LockHolder", "WindowCacheView", "require", "view_cache"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -51,7 +51,7 @@ class CacheView:
         self.held: Ids = np.bincount(pages, minlength=num_pages).astype(np.int64)
 
     def locked(self, holder: LockHolder) -> tuple[Ids, Ids]:
-        """Token and page ids that a holder locks."""
+        """Token and page ids of the prefix that a holder locks, -1 for pages that its lock does not protect."""
         path = self._path(holder)
         none = np.empty(0, np.int64)
         return (
@@ -124,6 +124,49 @@ class CacheView:
 
     def _first_page(self, tokens: Ids) -> bytes:
         return np.asarray(tokens[: self.cache.page_size], np.int64).tobytes()
+
+
+class WindowCacheView(CacheView):
+    """The same of a cache that keeps what a window sees: pages may be missing, and a lock protects the last ones.
+
+    The cache proves itself which pages the handles that are locked protect (`sanity_check`).
+    """
+
+    def locked(self, holder: LockHolder) -> tuple[Ids, Ids]:
+        """Token and page ids of the prefix that a holder locks, -1 for pages that its lock does not protect."""
+        handle = holder.lock_handle
+        if handle is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        page_size, window = self.cache.page_size, int(self.cache.window)  # type: ignore[attr-defined]
+        pages, node = np.full(handle.num_tokens // page_size, -1, np.int64), handle.node
+        first = max(0, pages.shape[0] - -(-(window - 1) // page_size))
+        for position in reversed(range(first, pages.shape[0])):
+            pages[position], node = node.page, node.parent
+        return self.cache.locked_tokens(handle, 0), pages
+
+    def check_locks(self, holders: Sequence[LockHolder]) -> None:
+        """Every handle that is locked has its holders."""
+        sentence = "every lock of the prefix cache is held by a live sequence or a pin"
+        expected = Counter(id(holder.lock_handle.node) for holder in holders if holder.lock_handle is not None)
+        for node in self._nodes:
+            found = node.anchors if node.parent is not None else 0
+            evidence = (
+                f"the node of pages {node.pages.tolist()} is locked {found} times by name, "
+                f"but live sequences and pins lock it {expected[id(node.last)]} times"
+            )
+            require(node.parent is None or found == expected[id(node.last)], sentence, evidence)
+
+    def _file(self, node: Any) -> None:
+        sentence = "a node of the prefix cache has whole pages, and none beside it begins with the same page"
+        fits = node.pages.size == node.num_pages and node.tokens.size == node.num_pages * self.cache.page_size
+        evidence = f"a node of {node.num_pages} pages holds {node.pages.size} pages and {node.tokens.size} tokens"
+        require(fits and (node.num_pages > 0) == (node.parent is not None), sentence, evidence)
+
+
+def view_cache(cache: PrefixCache, num_pages: int) -> CacheView:
+    """The view of a cache of its kind."""
+    is_windowed = getattr(cache, "window", None) is not None
+    return (WindowCacheView if is_windowed else CacheView)(cache, num_pages)
 
 
 def require(holds: bool, sentence: str, evidence: str) -> None:

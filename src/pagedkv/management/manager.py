@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,33 @@ from .draw import draw
 from .events import CacheEvent
 from .eviction import EvictionPolicy
 from .integrity import check_integrity
-from .ledger import PageLedger, PagePool
-from .manager_options import namespace_caches, num_pages_kept_free, pool_and_sizes, prefix_cache_of
+from .ledger import PageLedger
+from .manager_arguments import (
+    check_known,
+    check_on_pages,
+    check_window,
+    checked_batch,
+    checked_beams,
+)
+from .manager_options import (
+    PagedPool,
+    keeps_windows,
+    namespace_caches,
+    num_pages_kept_free,
+    pool_and_sizes,
+    prefix_cache_of,
+)
+from .page_budget import CopyingPool, PageBudget
 from .pinned import PinnedPrefix
 from .prefix_cache import Namespace, PrefixCache, namespace_key
-from .sequence import Sequence, SwapTier
+from .radix_tree import check_priority
+from .sequence import Sequence
 from .stats import ManagerStats, count_pages
 from .step_batch import BookedTable, StepBatch
 from .step_planner import StepPlanner
-from .swap import drop_pages, swap_in, swap_out
-from .token_ids import TokenIds, as_token_array, as_token_ids
+from .swap_tier import SwapTier
+from .token_ids import TokenIds, as_token_array
+from .whole_call import whole_call
 
 __all__ = ["KVCacheManager"]
 
@@ -39,8 +57,11 @@ class KVCacheManager:
     prefix_cache: keep full pages after their sequence closed, until room is needed: True or "radix" for a tree of runs,
                   "hashed" for a table of pages by hash, or a cache of the caller's. False: `open` finds nothing.
     eviction:     which cached pages go first, a name or a policy (see management/eviction.py).
+    window:       how many tokens the tokens of all sequences see, themselves included, where that is one number. The
+                  prefix cache is then of the kind that keeps what a window sees ("hashed"; True means it).
     watermark:    pages, or a part of them, that no sequence may take for its first slots, so that running ones find
-                  room to grow. A prompt that does not fit beside the watermark is never admitted.
+                  room to grow: a sequence that has had slots is a running one. A prompt that does not fit beside the
+                  watermark is never admitted.
     num_reserved_pages: pages 0..n-1 are nobody's, for padded rows and unused entries (see PageAllocator).
     namespace_limits: the pages that a namespace may have cached at most, by namespace. It has a cache of its own then
                   (prefix_cache is True or a name), in which its oldest pages make room for its new ones.
@@ -50,6 +71,8 @@ class KVCacheManager:
     Owns:   every page of the pool is free, owned (named by a live sequence), cached (held by the prefix cache alone) or
             reserved.
     Threads: any; one re-entrant lock for the manager and all its sequences. A sequence is usually driven by one thread.
+    Interrupts: a call that an interrupt ends (Ctrl-C) may have been done or not; the next one makes the books agree
+            again (see management/settle.py). Sequences keep their tokens and pages, prefix cache and pins are emptied.
 
     >>> manager = KVCacheManager(10, page_size=4)
     >>> seq = manager.open([1, 2, 3, 4, 5, 6])
@@ -62,11 +85,12 @@ class KVCacheManager:
 
     def __init__(
         self,
-        pool_or_num_pages: PagePool | int,
+        pool_or_num_pages: PagedPool | int,
         page_size: int | None = None,
         prefix_cache: bool | str | PrefixCache = True,
         eviction: str | EvictionPolicy = "lru",
         *,
+        window: int | None = None,
         watermark: int | float = 0,
         num_reserved_pages: int = 0,
         namespace_limits: Mapping[Namespace, int] | None = None,
@@ -75,21 +99,35 @@ class KVCacheManager:
         debug: bool = False,
     ) -> None:
         pool, num_pages, page_size = pool_and_sizes(pool_or_num_pages, page_size)
-        cache = prefix_cache_of(prefix_cache, page_size, eviction, events)
+        check_window(window)
         kept_free = num_pages_kept_free(watermark, num_pages)
-        limited = namespace_caches(namespace_limits or {}, prefix_cache, page_size, eviction, events)
-        self._pool = pool
-        self._tier = tier
-        self._ledger = PageLedger(num_pages, page_size, pool, cache, num_reserved_pages, kept_free)
-        self._ledger.limited = limited
-        self._planner = StepPlanner(self._ledger, lambda seqs: self._check_on_pages("seqs", seqs, "a step"))
+        make_cache = partial(prefix_cache_of, page_size=page_size, eviction=eviction, window=window, events=events)
+        cache = make_cache(prefix_cache)
+        limited = namespace_caches(namespace_limits or {}, prefix_cache, make_cache)
+        budget = PageBudget(num_pages, pool, num_reserved_pages, kept_free)
+        ledger = PageLedger(budget, page_size, cache, limited, window if keeps_windows(cache) else None)
+        self._serve(ledger, window, tier)
         if debug:
-            self._ledger.verify = lambda: check_integrity(self)
+            budget.verify = lambda: check_integrity(self)
+
+    def _serve(self, ledger: PageLedger, window: int | None, tier: SwapTier | None) -> None:
+        self._ledger = ledger
+        self._budget = ledger.budget
+        self._window = window
+        self._tier = tier
+        self._planner = ledger.planner = StepPlanner(ledger, partial(check_on_pages, ledger, "seqs", call="a step"))
+
+    @classmethod
+    def _of_group(cls, ledger: PageLedger, window: int | None) -> KVCacheManager:
+        """The manager of one group of layers, on a budget that it shares with others."""
+        manager = cls.__new__(cls)
+        manager._serve(ledger, window, None)
+        return manager
 
     @property
-    def pool(self) -> PagePool | None:
+    def pool(self) -> CopyingPool | None:
         """The pool it was made with, if any."""
-        return self._pool
+        return self._budget.pool
 
     @property
     def page_size(self) -> int:
@@ -109,12 +147,17 @@ class KVCacheManager:
     @property
     def num_evictable_pages(self) -> int:
         """Cached pages that an append can take at once."""
-        return self._ledger.num_evictable
+        return self._budget.num_evictable
 
     @property
     def ledger(self) -> PageLedger:
-        """The books, for inspection; `check_integrity` reads them."""
+        """The books of its sequences, for inspection."""
         return self._ledger
+
+    @property
+    def budget(self) -> PageBudget:
+        """The books of its pages, for inspection; `check_integrity` reads them."""
+        return self._budget
 
     def open(
         self, token_ids: TokenIds, namespace: Namespace = None, *, window: int | None = None, priority: int = 0
@@ -124,36 +167,47 @@ class KVCacheManager:
         The ids beyond `seq.num_cached_tokens` are not remembered: append, write and commit them. All of `token_ids` may
         be cached: an engine that needs the logits of the last token opens with `prompt[:-1]`.
 
-        window:   how many tokens each token sees, itself included; pages that are behind it are given back.
+        window:   how many tokens each token sees, itself included; pages that are behind it are given back. The
+                  manager's if it has one.
         priority: what it publishes is evicted after what has a lower one, where the policy is "priority".
         """
-        check_int("priority", priority, minimum=-(2**31))
-        if priority >= 2**31:
-            raise ValueError(f"priority must be below 2**31, got {priority}.")
+        check_priority(priority)
         ids = as_token_array("token_ids", token_ids)
         namespace_key(namespace)
-        if window is not None:
-            check_int("window", window, minimum=1)
-            if window >= 2**31:
-                raise ValueError(f"window must be below 2**31, got {window}. Leave it out to see all tokens.")
-        ledger = self._ledger
-        with ledger:
-            cache, _ = ledger.cache_of(namespace)
-            num_found, pages, handle = ledger.look_up(cache, ids, namespace)
-            try:
-                seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, ids.shape[0])
-            except BaseException:
-                if cache is not None and handle is not None:
-                    cache.unlock(handle)
-                raise
-            seq._priority = priority
-            return seq
+        check_window(window)
+        if self._window is not None and window not in (None, self._window):
+            raise ValueError(f"window must be {self._window} (the manager's), got {window}. Leave it out.")
+        return self._open(ids, namespace, self._window if window is None else window, priority)
 
+    @whole_call
+    def _open(self, ids: npt.NDArray[Any], namespace: Namespace, window: int | None, priority: int) -> Sequence:
+        seq = self._opened(ids, namespace, window, priority, ids.shape[0])
+        if seq.cache is not None:
+            self._budget.counters.count_lookup(ids.shape[0], seq.num_cached_tokens)
+        return seq
+
+    def _opened(
+        self, ids: npt.NDArray[Any], namespace: Namespace, window: int | None, priority: int, num_expected: int
+    ) -> Sequence:
+        """A live sequence of what the cache has of `ids`, with room for as many tokens as are expected."""
+        ledger = self._ledger
+        cache, _ = ledger.cache_of(namespace)
+        num_found, pages, handle = ledger.look_up(cache, ids, namespace)
+        try:
+            seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, num_expected)
+        except Exception:
+            if cache is not None and handle is not None:
+                cache.unlock(handle)
+            raise
+        seq._priority = priority
+        ledger.live[id(seq)] = seq
+        return seq
+
+    @whole_call
     def can_append(self, num_tokens: int) -> bool:
         """True when a new sequence that finds nothing in the cache could append `num_tokens` now."""
         check_int("num_tokens", num_tokens, minimum=1)
-        with self._ledger as ledger:
-            return ledger.can_obtain(-(-num_tokens // self.page_size), ledger.num_kept_free)
+        return self._budget.can_obtain(-(-num_tokens // self.page_size), self._budget.num_kept_free)
 
     def batch(self, seqs: Iterable[Sequence], num_tokens: int | TokenIds = 1) -> StepBatch:
         """Reserves the next tokens of all `seqs`, and gives what the step needs as tensors on the pool's device.
@@ -165,15 +219,16 @@ class KVCacheManager:
         Cost:   made for the same sequences step after step: only what changed is looked at.
         Raises: OutOfPagesError when free and evictable pages together are too few for all; nothing has changed then.
         """
-        rows, counts = self._checked_batch(seqs, num_tokens)
-        with self._ledger:
-            return self._planner.reserve(rows, counts)
+        return self._reserve(*checked_batch(self._ledger, seqs, num_tokens))
 
+    @whole_call
+    def _reserve(self, rows: list[Sequence], counts: int | npt.NDArray[np.int64]) -> StepBatch:
+        return self._planner.reserve(rows, counts)
+
+    @whole_call
     def can_batch(self, seqs: Iterable[Sequence], num_tokens: int | TokenIds = 1) -> bool:
         """True when `batch` with the same arguments would find its pages now."""
-        rows, counts = self._checked_batch(seqs, num_tokens)
-        with self._ledger:
-            return self._planner.fits(rows, counts)
+        return self._planner.fits(*checked_batch(self._ledger, seqs, num_tokens))
 
     def commit(self, seqs: Iterable[Sequence], token_ids: TokenIds) -> None:
         """Names one reserved token of each sequence, as `Sequence.commit` does: what a step of decoding sampled.
@@ -187,55 +242,59 @@ class KVCacheManager:
         ids = as_token_array("token_ids", token_ids)
         if ids.shape[0] != len(rows):
             raise ValueError(f"token_ids must have shape [S] with S = {len(rows)} (set by seqs), got [{ids.shape[0]}].")
-        with self._ledger:
-            self._planner.commit(rows, ids)
+        self._commit(rows, ids)
 
+    @whole_call
+    def _commit(self, rows: list[Sequence], ids: npt.NDArray[Any]) -> None:
+        self._planner.commit(rows, ids)
+
+    @whole_call
     def page_table(self, seqs: Iterable[Sequence]) -> PageTable:
         """The page table of a batch, reserved tokens included, on the pool's device."""
-        with self._ledger as ledger:
-            chosen = list(seqs)
-            self._check_on_pages("seqs", chosen, "page_table")
-            rows = np.fromiter((seq._row for seq in chosen), np.int64, len(chosen))
-            indptr = np.zeros(len(chosen) + 1, np.int32)
-            np.cumsum(ledger.rows.pages.size[rows], out=indptr[1:])
-            pages = np.concatenate([np.empty(0, np.int32), *(seq.row_pages() for seq in chosen)])
-            if ledger.rows.first_page[rows].any():
-                np.maximum(pages, 0, out=pages)
-            lengths = ledger.rows.num_tokens[rows].astype(np.int32)
-            last = np.where(lengths > 0, (lengths - 1) % ledger.page_size + 1, 0).astype(np.int32)
-            return BookedTable(indptr, pages, last, lengths, ledger.page_size, self.num_pages - 1, ledger.device)
+        ledger, chosen = self._ledger, list(seqs)
+        check_on_pages(ledger, "seqs", chosen, "page_table")
+        rows = np.fromiter((seq._row for seq in chosen), np.int64, len(chosen))
+        indptr = np.zeros(len(chosen) + 1, np.int32)
+        np.cumsum(ledger.rows.pages.size[rows], out=indptr[1:])
+        pages = np.concatenate([np.empty(0, np.int32), *(seq.row_pages() for seq in chosen)])
+        if ledger.rows.first_page[rows].any():
+            np.maximum(pages, 0, out=pages)
+        lengths = ledger.rows.num_tokens[rows].astype(np.int32)
+        last = np.where(lengths > 0, (lengths - 1) % ledger.page_size + 1, 0).astype(np.int32)
+        return BookedTable(indptr, pages, last, lengths, ledger.page_size, self.num_pages - 1, self._budget.device)
 
+    @whole_call
     def pin(self, token_ids: TokenIds, namespace: Namespace = None) -> PinnedPrefix:
         """Keeps what is cached of `token_ids` now, in whole pages, from being evicted until it is unpinned."""
-        ids = as_token_array("token_ids", token_ids)
+        ids, ledger = as_token_array("token_ids", token_ids), self._ledger
         namespace_key(namespace)
-        with self._ledger as ledger:
-            cache, _ = ledger.cache_of(namespace)
-            match = None if cache is None else cache.match(ids, namespace)
-            if cache is None or match is None or not match.num_tokens:
-                return PinnedPrefix(ledger, namespace, cache, None, np.empty(0, np.int32))
-            cache.lock(match.handle)
-            return PinnedPrefix(ledger, namespace, cache, match.handle, match.pages)
+        cache, _ = ledger.cache_of(namespace)
+        match = None if cache is None else cache.match(ids, namespace)
+        if cache is None or match is None or not match.num_tokens:
+            return PinnedPrefix(ledger, namespace, cache, None, np.empty(0, np.int32))
+        cache.lock(match.handle)
+        return PinnedPrefix(ledger, namespace, cache, match.handle, match.pages)
 
+    @whole_call
     def swap_out(self, seq: Sequence, tier: SwapTier | None = None) -> None:
         """Saves the bytes of all pages of `seq` in a tier, the manager's if none is given, and gives the pages back.
 
         When:   between steps: what was reserved is written, and its copies are made.
         Raises: whatever the tier does when it has no room; nothing has changed then.
         """
-        with self._ledger as ledger:
-            self._check_on_pages("seq", [seq], "swap_out")
-            chosen = self._tier if tier is None else tier
-            if chosen is None:
-                raise ValueError("tier must be given here or to the manager, got None. Use drop to compute it again.")
-            swap_out(ledger, seq, chosen)
+        check_on_pages(self._ledger, "seq", [seq], "swap_out")
+        chosen = self._tier if tier is None else tier
+        if chosen is None:
+            raise ValueError("tier must be given here or to the manager, got None. Use drop to compute it again.")
+        seq._swap_out(chosen)
 
+    @whole_call
     def drop(self, seq: Sequence) -> None:
         """Gives the pages of `seq` back and keeps its committed ids; published ones stay cached if there is room."""
-        with self._ledger:
-            self._check_on_pages("seq", [seq], "drop")
-            drop_pages(seq)
+        check_on_pages(self._ledger, "seq", [seq], "drop")
+        seq._drop_to(seq.num_committed)
 
+    @whole_call
     def swap_in(self, seq: Sequence) -> npt.NDArray[Any]:
         """Puts a sequence that was swapped out or dropped on pages again.
 
@@ -244,37 +303,29 @@ class KVCacheManager:
         longest cached prefix.
         Raises: OutOfPagesError, or what the tier raises: it stays away then, and what was saved stays saved.
         """
-        with self._ledger as ledger:
-            self._check_known("seq", [seq])
-            if seq.state not in ("swapped out", "dropped"):
-                raise ValueError(f"seq must be swapped out or dropped to be swapped in, got one that is {seq.state}.")
-            return swap_in(ledger, seq)
+        check_known(self._ledger, "seq", [seq])
+        if seq.state not in ("swapped out", "dropped"):
+            raise ValueError(f"seq must be swapped out or dropped to be swapped in, got one that is {seq.state}.")
+        return seq._swap_in()
 
+    @whole_call
     def reorder(self, beams: Iterable[Sequence], parents: TokenIds) -> list[Sequence]:
         """Beam search: the i-th sequence returned continues `beams[parents[i]]`.
 
         A beam that is continued once stays what it is, further continuations are forks of it, and one that is not
         continued is closed. No page is copied or allocated. `parents` may be shorter or longer than `beams`.
         """
-        with self._ledger:
-            rows = list(beams)
-            self._check_on_pages("beams", rows, "reorder")
-            if len({id(beam) for beam in rows}) != len(rows):
-                raise ValueError("beams must be different sequences, got one twice. Fork it first.")
-            chosen = as_token_ids("parents", parents).tolist()
-            for position, parent in enumerate(chosen):
-                if parent >= len(rows):
-                    raise ValueError(f"parents must be in 0..{len(rows) - 1}, got {parent} at position {position}.")
-            first = {parent: position for position, parent in reversed(list(enumerate(chosen)))}
-            continued = [
-                rows[parent] if first[parent] == position else rows[parent].fork()
-                for position, parent in enumerate(chosen)
-            ]
-            for number, beam in enumerate(rows):
-                if number not in first:
-                    beam.close()
-            return continued
+        rows, chosen = checked_beams(self._ledger, beams, parents)
+        first = {parent: position for position, parent in reversed(list(enumerate(chosen)))}
+        continued = [
+            rows[parent] if first[parent] == position else rows[parent].fork() for position, parent in enumerate(chosen)
+        ]
+        for number, beam in enumerate(rows):
+            if number not in first:
+                beam.close()
+        return continued
 
+    @whole_call
     def take_copies(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pages that were copied on write since the last call: (src, dst), int64, to be copied all at once.
 
@@ -283,31 +334,30 @@ class KVCacheManager:
         When:   without a pool, after the appends of a step and before anything is written. With a pool there are none.
                 The sources are not given to anybody else before this call.
         """
-        with self._ledger as ledger:
-            copies = ledger.take_copies()
-            pairs = torch.tensor(copies, dtype=torch.int64, device=ledger.device).reshape(-1, 2)
+        pairs = torch.tensor(self._budget.take_copies(), dtype=torch.int64, device=self._budget.device).reshape(-1, 2)
         return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
+    @whole_call
     def evict(self, num_pages: int | None = None) -> int:
-        """Frees up to `num_pages` pages that the prefix cache alone holds, all of them for None; returns how many.
+        """Takes up to `num_pages` pages that the prefix cache alone holds from it, all of them for None.
 
         Appends evict by themselves. Pages that live sequences name or that are pinned stay cached: after a change of
-        the model's weights use a new namespace, or close and unpin them first.
+        the model's weights use a new namespace, or close and unpin them first. Returns how many are free now; a page
+        that waits to be copied from is after that.
         """
         if num_pages is not None:
             check_int("num_pages", num_pages, minimum=0)
-        with self._ledger as ledger:
-            return ledger.evict(ledger.num_evictable if num_pages is None else num_pages)
+        return self._budget.evict(self._budget.num_evictable if num_pages is None else num_pages)
 
+    @whole_call
     def stats(self) -> ManagerStats:
         """The state now; see `ManagerStats`. Walks the pages of the sequences, not the tree."""
-        with self._ledger as ledger:
-            return count_pages(ledger)
+        return count_pages(self._budget)
 
+    @whole_call
     def take_events(self) -> list[CacheEvent]:
         """What the prefix caches stored and removed since the last call, cache by cache; see docs/kv_events.md."""
-        with self._ledger as ledger:
-            return [event for cache in ledger.caches() if cache.events is not None for event in cache.events.take()]
+        return [event for cache in self._ledger.caches() if cache.events is not None for event in cache.events.take()]
 
     def draw(self, *, form: str = "text", width: int | None = None, color: bool = False, tree: bool = True) -> str:
         """A picture of who owns which page, "text" or "svg"; `management.draw.draw` has more options."""
@@ -316,43 +366,6 @@ class KVCacheManager:
     def step_rows(self) -> Iterator[tuple[Sequence, PageArray]]:
         """The page ids that the table of the last step has for each sequence that was not changed since: inspection."""
         return self._planner.table_rows()
-
-    def _checked_batch(
-        self, seqs: Iterable[Sequence], num_tokens: int | TokenIds
-    ) -> tuple[list[Sequence], int | npt.NDArray[np.int64]]:
-        rows = seqs if isinstance(seqs, list) else list(seqs)
-        # More than all slots is as good as one too many, and adds up without an overflow.
-        most = self.num_pages * self.page_size + 1
-        if isinstance(num_tokens, int):
-            check_int("num_tokens", num_tokens, minimum=1)
-            return rows, min(num_tokens, most)
-        counts = as_token_ids("num_tokens", num_tokens)
-        if counts.shape[0] != len(rows):
-            raise ValueError(f"num_tokens must be an int or have shape [{len(rows)}], got [{counts.shape[0]}].")
-        if counts.size and not counts.all():
-            raise ValueError(f"num_tokens must be at least 1, got 0 at position {int((counts == 0).argmax())}.")
-        return rows, np.minimum(counts, most)
-
-    def _check_known(self, name: str, seqs: list[Sequence]) -> None:
-        for number, seq in enumerate(seqs):
-            if not isinstance(seq, Sequence):
-                raise TypeError(f"{name} must be sequences, got {type(seq).__name__} at position {number}.")
-            if not seq.is_closed and seq._ledger is not self._ledger:
-                raise ValueError(f"{name} must be sequences of this manager, got another's at position {number}.")
-
-    def _check_on_pages(self, name: str, seqs: list[Sequence], call: str) -> None:
-        ledger = self._ledger
-        if all(type(seq) is Sequence and seq._ledger is ledger and seq._state == "on pages" for seq in seqs):
-            return
-        self._check_known(name, seqs)
-        for number, seq in enumerate(seqs):
-            if seq.is_closed:
-                raise ValueError(f"{name} must be open sequences for {call}, got a closed one at position {number}.")
-            if seq.state != "on pages":
-                raise ValueError(
-                    f"{name} must be on pages for {call}, got one that is {seq.state} at position {number}. "
-                    "Swap it in first."
-                )
 
     def __repr__(self) -> str:
         return (

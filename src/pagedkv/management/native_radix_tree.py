@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ __all__ = ["NativeRadixTree"]
 _NATIVE_POLICIES = (LRUPolicy, LFUPolicy, FIFOPolicy, MRUPolicy, FILOPolicy, SLRUPolicy, PriorityPolicy)
 
 # Where calls leave what is more than one number, and the columns of "describe": as in csrc/radix_tree_api.cpp.
-_NUM_CACHED, _NUM_EVICTABLE, _HAS_EMPTY_ROOTS, _NODE, _VERSION, _NUM_TOKENS, _PARENT_PAGE, _ROOT, _STATE_SIZE = range(9)
+_NUM_CACHED, _NUM_EVICTABLE, _EMPTY_ROOT, _NODE, _VERSION, _NUM_TOKENS, _PARENT_PAGE, _ROOT, _STATE_SIZE = range(9)
 _COLUMNS = (
     "id",
     "parent",
@@ -71,6 +71,8 @@ class NativeRadixTree:
     answers -1 and is given a copy, unless the checks in Python refuse it with words.
     """
 
+    node_type: type[Any] = int
+
     def __init__(self, page_size: int, policy: EvictionPolicy, first_version: int = 0) -> None:
         self.page_size = page_size
         self.policy = policy
@@ -78,12 +80,18 @@ class NativeRadixTree:
         order = _NATIVE_POLICIES.index(type(policy)) if is_native else len(_NATIVE_POLICIES)
         # The core writes here for as long as it lives, and the array lives as long as this object.
         self._state_array = np.zeros(_STATE_SIZE, np.int64)
+        self._state_array[_EMPTY_ROOT] = -1
         self._state = memoryview(self._state_array)  # type: ignore[arg-type]
+        self.roots: dict[Any, int] = {}
         self._namespaces: dict[int, Namespace] = {}
+        self._raised: list[BaseException] = []
         # Not a method: the core would keep this object alive, and this object the core.
-        rank = None if is_native else partial(_rank, policy)
+        rank = None if is_native else partial(_rank, policy, self._raised)
         calls = native.core().make_radix_tree(page_size, order, rank, first_version, self._state_array)
-        self._calls: dict[str, Any] = {str(name): call for name, call in calls.items()}
+        self._calls: dict[str, Any] = {
+            str(name): call if is_native else partial(_call_and_raise, call, self._raised)
+            for name, call in calls.items()
+        }
         self._match, self._insert, self._extend = (self._calls[name] for name in ("match", "insert", "extend"))
         self._lock, self._unlock, self._evict = (self._calls[name] for name in ("lock", "unlock", "evict"))
 
@@ -111,18 +119,16 @@ class NativeRadixTree:
     def drop_root(self, root: int) -> None:
         """Forgets a root without nodes."""
         self._calls["drop_root"](root)
-        del self._namespaces[root]
+        self._namespaces.pop(root, None)
 
-    def pop_empty_namespaces(self) -> list[Namespace]:
-        """Forgets the roots that lost their last node, and says of which namespaces they were."""
-        namespaces = []
-        while self._state[_HAS_EMPTY_ROOTS]:
-            namespaces.append(self._namespaces.pop(self._calls["pop_empty_root"]()))
-        return namespaces
+    def empty_root(self) -> int | None:
+        """A root without nodes, or None."""
+        root = self._state[_EMPTY_ROOT]
+        return root if root >= 0 else None
 
     def namespace_of(self, root: int) -> Namespace:
-        """What `add_root` was given."""
-        return self._namespaces[root]
+        """What `add_root` was given; None for a root that an interrupt kept from being named."""
+        return self._namespaces.get(root)
 
     def match(self, root: int | None, token_ids: TokenIds) -> MatchResult:
         """The longest cached prefix below a root."""
@@ -168,7 +174,9 @@ class NativeRadixTree:
 
     def locked_tokens(self, handle: CacheHandle, start: int) -> TokenArray:
         """Token ids [start, handle.num_tokens)."""
-        tokens = np.empty(max(0, handle.num_tokens - start), np.int64)
+        # No more than there are: the core looks at the handle first.
+        num_tokens = min(handle.num_tokens, self._state[_NUM_CACHED] * self.page_size)
+        tokens = np.empty(max(0, num_tokens - start), np.int64)
         self._calls["copy_tokens"](*handle, start, tokens)
         return tokens
 
@@ -176,6 +184,8 @@ class NativeRadixTree:
         """Drops up to `num_pages` pages and returns them."""
         pages = np.empty(min(num_pages, self._state[_NUM_EVICTABLE]), np.int32)
         num_dropped = self._evict(pages)
+        if num_dropped == 0 and self._raised and pages.size:
+            raise self._raised.pop()
         return pages[:num_dropped]
 
     def holds(self, pages: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
@@ -190,8 +200,14 @@ class NativeRadixTree:
         self._calls["held_mask"](answers)
         return answers
 
+    def held_pages(self) -> PageArray:
+        """All pages, the least first."""
+        pages = np.empty(self._state[_NUM_CACHED], np.int32)
+        self._calls["held_pages"](pages)
+        return pages
+
     def nodes(self) -> Iterator[RadixNode]:
-        """A snapshot of every node, roots included, parents before children, with links among themselves."""
+        """A snapshot of every node, roots with nodes included, parents before children, with links among themselves."""
         columns = np.empty((self._calls["num_nodes"](), len(_COLUMNS)), np.int64)
         self._calls["describe"](columns)
         rows = {row[0]: dict(zip(_COLUMNS, row, strict=True)) for row in columns.tolist()}
@@ -230,7 +246,8 @@ class NativeRadixTree:
     def _snapshot(self, row: dict[str, int], parent: RadixNode | None) -> RadixNode:
         tokens, pages = np.empty(row["num_pages"] * self.page_size, np.int64), np.empty(row["num_pages"], np.int32)
         self._calls["copy_run"](row["id"], tokens, pages)
-        node = RadixNode(parent, tokens, pages, self.page_size, row["created"], self._namespaces.get(row["id"]))
+        namespace = self._namespaces.get(row["id"]) if parent is None else None
+        node = RadixNode(parent, tokens, pages, self.page_size, row["created"], namespace)
         for name in ("locks", "anchors", "version", "last_access", "num_hits", "priority"):
             setattr(node, name, row[name])
         node.queued_serial = row["queued_serial"] if row["queued_serial"] >= 0 else None
@@ -239,8 +256,23 @@ class NativeRadixTree:
         return node
 
 
-def _rank(policy: EvictionPolicy, *run: int) -> list[float]:
-    return [float(number) for number in policy.priority(_Run._make((*run, True)))]
+def _rank(policy: EvictionPolicy, raised: list[BaseException], *run: int) -> list[float]:
+    """The rank of a run; nothing, and the reason in `raised`, when the policy has no answer."""
+    try:
+        return [float(number) for number in policy.priority(_Run._make((*run, True)))] or [0.0]
+    except BaseException as error:  # noqa: BLE001
+        raised.append(error)
+        return []
+
+
+def _call_and_raise(call: Callable[..., Any], raised: list[BaseException], *args: Any) -> Any:
+    """A call in which a policy may be asked. What is no error but an interrupt comes out, when the call is done."""
+    raised.clear()
+    answer = call(*args)
+    for interrupt in raised:
+        if not isinstance(interrupt, Exception):
+            raise interrupt
+    return answer
 
 
 # How the binding says that it cannot take an array as it is: read-only, in foreign byte order, of another device.

@@ -7,6 +7,7 @@ from types import TracebackType
 from .allocator import PageArray
 from .ledger import PageLedger
 from .prefix_cache import CacheHandle, Namespace, PrefixCache
+from .whole_call import whole_call
 
 __all__ = ["PinnedPrefix"]
 
@@ -28,6 +29,7 @@ class PinnedPrefix:
     ) -> None:
         """For the manager: `handle` is locked, and this gives the lock back."""
         self._ledger = ledger
+        self._budget = ledger.budget
         self._namespace = namespace
         self._cache = cache
         self._handle = handle
@@ -60,14 +62,18 @@ class PinnedPrefix:
         """Where its namespace is cached, for inspection."""
         return self._cache
 
+    @whole_call
     def unpin(self) -> None:
         """Leaves the pages to the eviction policy again. Idempotent."""
-        with self._ledger:
-            if self._ledger.pins.pop(id(self), None) is None:
-                return
-            if self._cache is not None and self._handle is not None:
-                self._cache.unlock(self._handle)
-            self._handle = None
+        if self._ledger.pins.pop(id(self), None) is None:
+            return
+        if self._cache is not None and self._handle is not None:
+            self._cache.unlock(self._handle)
+        self._handle = None
+
+    def _forget(self) -> None:
+        """What it pinned is not there any more."""
+        self._handle, self._pages, self.num_tokens = None, self._pages[:0], 0
 
     def __enter__(self) -> PinnedPrefix:
         return self

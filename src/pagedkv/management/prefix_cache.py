@@ -22,7 +22,10 @@ Namespace = str | bytes | int | tuple[Any, ...] | None
 
 
 class CacheHandle(NamedTuple):
-    """Names a cached prefix of `num_tokens` tokens; opaque, and good for the cache that gave it alone."""
+    """Names a cached prefix of `num_tokens` tokens; opaque, and good for the cache that gave it alone.
+
+    Handles of equal node and version have one lock: whoever locked one of them has locked the other.
+    """
 
     node: Any
     version: int
@@ -109,8 +112,12 @@ class PrefixCache(Protocol):
     def evict(self, num_pages: int) -> PageArray:
         """Drops up to `num_pages` pages that nothing locks and returns them: fewer when there are no more."""
 
-    def reset(self) -> PageArray:
-        """Drops everything and returns the pages. Raises: ValueError while a handle is locked."""
+    def reset(self, force: bool = False) -> PageArray:
+        """Drops everything and returns the pages; all handles are stale then.
+
+        force: with it locks too, whatever state an interrupt left the cache in.
+        Raises: ValueError while a handle is locked, unless forced.
+        """
 
     def holds(self, pages: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """Which of `pages` it holds."""

@@ -27,11 +27,14 @@ class PythonRadixTree:
     A path is what a walk passed: nodes in order, and how many pages of the last one agreed.
     """
 
+    node_type: type[Any] = RadixNode
+
     def __init__(self, page_size: int, policy: EvictionPolicy, first_version: int = 0) -> None:
         self.page_size = page_size
         self.num_cached_pages = self.num_evictable_pages = 0
         self._queue: EvictionQueue[RadixNode] = EvictionQueue(policy)
-        self._roots: set[RadixNode] = set()
+        self.roots: dict[Any, RadixNode] = {}
+        self._all_roots: set[RadixNode] = set()
         self._empty_roots: list[RadixNode] = []
         self._time = 0
         self._first_version = first_version
@@ -52,18 +55,18 @@ class PythonRadixTree:
         """A root without nodes."""
         empty = np.empty(0, np.int64), np.empty(0, np.int32)
         root = RadixNode(None, *empty, self.page_size, self._time, namespace=namespace)
-        self._roots.add(root)
+        self._empty_roots.append(root)
+        self._all_roots.add(root)
         return root
 
     def drop_root(self, root: RadixNode) -> None:
         """Forgets a root without nodes."""
-        self._roots.remove(root)
+        self._all_roots.discard(root)
+        self._empty_roots.remove(root)
 
-    def pop_empty_namespaces(self) -> list[Namespace]:
-        """Forgets the roots that lost their last node, and says of which namespaces they were."""
-        empty, self._empty_roots = self._empty_roots, []
-        self._roots.difference_update(empty)
-        return [root.namespace for root in empty]
+    def empty_root(self) -> RadixNode | None:
+        """A root without nodes, or None."""
+        return self._empty_roots[-1] if self._empty_roots else None
 
     def namespace_of(self, root: RadixNode) -> Namespace:
         """What `add_root` was given."""
@@ -76,7 +79,7 @@ class PythonRadixTree:
         if root is None:
             self._time += 1
             return MatchResult(0, np.empty(0, np.int32), EMPTY_HANDLE)
-        path, num_in_last = self._find(root, ids)
+        path, _, num_in_last = self._find(root, 0, ids)
         end = self._use(root, path, num_in_last, num_hits=1)
         pages = np.concatenate([np.empty(0, np.int32), *(node.pages for node in path)])
         self._queue.offer(end)
@@ -91,16 +94,17 @@ class PythonRadixTree:
         """Adds tokens behind a prefix."""
         ids = as_token_ids("token_ids", token_ids)
         taken = self._checked_pages(ids, pages)
-        start = self._current_node(handle)
+        start = self._end_of(self._current_node(handle), handle.num_tokens)
         growth = self._insert_below(start, handle.num_tokens, ids, taken, only_new, priority)
-        for node in _upwards(start):
+        # A walk that began inside a node may have split it.
+        for node in _upwards(self._end_of(start, handle.num_tokens)):
             node.last_access = self._time
             node.priority = max(node.priority, priority)
         self._queue.offer(start)
         return growth
 
     def lock(self, handle: CacheHandle) -> None:
-        """Protects a prefix from eviction."""
+        """Protects a prefix from eviction: the node that the handle says and all above it."""
         named = self._current_node(handle)
         named.anchors += 1
         for node in _upwards(named):
@@ -113,7 +117,7 @@ class PythonRadixTree:
     def unlock(self, handle: CacheHandle) -> None:
         """Takes back one lock."""
         named: RadixNode = handle.node
-        if named.anchors < 1:
+        if named.anchors < 1 or not self._is_current(handle):
             raise ValueError(f"handle must be locked, got one of {handle.num_tokens} tokens that is not.")
         named.anchors -= 1
         self._time += 1
@@ -127,29 +131,26 @@ class PythonRadixTree:
 
     def ancestor(self, handle: CacheHandle, num_tokens: int) -> CacheHandle:
         """The handle of the first `num_tokens` tokens, at least a page and whole pages."""
-        start = handle.num_tokens
-        for node in _upwards(self._current_node(handle)):
-            start -= node.num_pages * self.page_size
-            if start < num_tokens:
-                kept = (num_tokens - start) // self.page_size
-                return self._handle(node if kept == node.num_pages else self._split(node, kept), num_tokens)
-        raise AssertionError("a handle names as many tokens as its node and those above it hold")
+        node = self._end_of(self._current_node(handle), num_tokens)
+        kept = num_tokens // self.page_size - node.num_before
+        return self._handle(node if kept == node.num_pages else self._split(node, kept), num_tokens)
 
     def locked_tokens(self, handle: CacheHandle, start: int) -> TokenArray:
         """Token ids [start, handle.num_tokens)."""
         parts, end = [np.empty(0, np.int64)], handle.num_tokens
-        for node in _upwards(self._current_node(handle)):
-            if end <= start:
-                break
-            parts.insert(1, node.tokens)
-            end -= node.num_pages * self.page_size
-        return np.concatenate(parts)[max(0, start - end) :]
+        node = self._end_of(self._current_node(handle), end)
+        while end > start:
+            assert node.parent is not None  # a root has no tokens, and `start` is not before them
+            first = node.num_before * self.page_size
+            parts.insert(1, node.tokens[max(0, start - first) : end - first])
+            node, end = node.parent, first
+        return np.concatenate(parts)
 
     def evict(self, num_pages: int) -> PageArray:
         """Drops up to `num_pages` pages and returns them."""
         dropped = [np.empty(0, np.int32)]
         missing = num_pages
-        while missing > 0 and (node := self._queue.first()) is not None:
+        while missing > 0 and (node := self._first_to_go(missing < num_pages)) is not None:
             pages = self._trim(node, missing) if node.num_pages > missing else self._remove(node)
             missing -= pages.shape[0]
             dropped.append(pages)
@@ -166,6 +167,10 @@ class PythonRadixTree:
         result[known] = self._held[pages[known]] != 0
         return result
 
+    def held_pages(self) -> PageArray:
+        """All pages, the least first."""
+        return self._held.nonzero()[0].astype(np.int32)
+
     def held_mask(self, num_pages: int) -> npt.NDArray[np.bool_]:
         """For each page 0..num_pages-1 whether it is in the trees."""
         mask = np.zeros(num_pages, np.bool_)
@@ -174,8 +179,8 @@ class PythonRadixTree:
         return mask
 
     def nodes(self) -> Iterator[RadixNode]:
-        """Every node, roots included, parents before children: for inspection, not for change."""
-        stack = list(self._roots)
+        """Every node, roots with nodes included, parents before children: for inspection, not for change."""
+        stack = [root for root in self._all_roots if root.children]
         while stack:
             node = stack.pop()
             yield node
@@ -185,13 +190,25 @@ class PythonRadixTree:
         """Nothing: there is no structure beside the nodes but the queue, which they know."""
         return ""
 
-    def _find(self, node: RadixNode, ids: TokenArray) -> tuple[list[RadixNode], int]:
-        """The path that `ids` take below `node`, as far as whole pages agree; changes nothing."""
+    def _find(self, node: RadixNode, num_before: int, ids: TokenArray) -> tuple[list[RadixNode], int, int]:
+        """The path that `ids` take behind the first `num_before` pages of a prompt, which end with or in `node`.
+
+        Follows them as far as whole pages agree, and changes nothing. The path, how many pages agree, and how many of
+        its last node are passed then.
+        """
         page_size = self.page_size
         stop = ids.shape[0] // page_size * page_size
         raw = ids.tobytes()
         path: list[RadixNode] = []
         start = num_pages = 0
+        num_passed = num_before - node.num_before
+        if num_passed < node.num_pages:
+            num_found = common_prefix_len(node.tokens[num_passed * page_size :], ids[:stop]) // page_size
+            path.append(node)
+            num_pages = num_passed + num_found
+            start = num_found * page_size
+            if num_pages < node.num_pages:
+                return path, num_found, num_pages
         while start < stop:
             key = raw[start * _TOKEN_BYTES : (start + page_size) * _TOKEN_BYTES]
             child = node.children.get(key)
@@ -203,7 +220,7 @@ class PythonRadixTree:
             if num_pages < child.num_pages:
                 break
             node = child
-        return path, num_pages
+        return path, start // page_size, num_pages
 
     def _use(self, start: RadixNode, path: list[RadixNode], num_in_last: int, num_hits: int) -> RadixNode:
         """Stamps a path, and splits its last node where the walk left it; returns where it ends now."""
@@ -218,8 +235,7 @@ class PythonRadixTree:
     def _insert_below(
         self, start: RadixNode, start_tokens: int, ids: TokenArray, pages: PageArray, only_new: bool, priority: int
     ) -> Growth:
-        path, num_in_last = self._find(start, ids)
-        num_cached = sum(node.num_pages for node in path[:-1]) + (num_in_last if path else 0)
+        path, num_cached, num_in_last = self._find(start, start_tokens // self.page_size, ids)
         new_pages = pages[num_cached:] if not (only_new and num_cached) else pages[:0]
         if new_pages.size:
             self._hold(new_pages)
@@ -242,6 +258,8 @@ class PythonRadixTree:
         if is_own:
             end.grow(ids, pages)
             return end
+        if end.parent is None and not end.children:
+            self._empty_roots.remove(end)
         leaf = RadixNode(end, ids, pages, self.page_size, self._time)
         leaf.priority, leaf.version = priority, self._first_version
         end.children[leaf.child_key] = leaf
@@ -253,6 +271,15 @@ class PythonRadixTree:
         prefix = node.split(num_pages)
         self._queue.offer(node)
         return prefix
+
+    def _first_to_go(self, has_dropped: bool) -> RadixNode | None:
+        """The node of least rank, or None; what a policy raises comes out only when nothing was dropped before."""
+        try:
+            return self._queue.first()
+        except Exception:
+            if has_dropped:
+                return None
+            raise
 
     def _trim(self, node: RadixNode, num_pages: int) -> PageArray:
         pages = node.trim(num_pages)
@@ -307,10 +334,23 @@ class PythonRadixTree:
     def _handle(node: RadixNode, num_tokens: int) -> CacheHandle:
         return CacheHandle(node, node.version, num_tokens) if num_tokens else EMPTY_HANDLE
 
-    @staticmethod
-    def _current_node(handle: CacheHandle) -> RadixNode:
+    def _is_current(self, handle: CacheHandle) -> bool:
+        """Whether the node is still the one that was named, and holds the end of the prefix or is behind it."""
         node: RadixNode = handle.node
-        if handle.version != node.version:
+        num_pages, rest = divmod(handle.num_tokens, self.page_size)
+        is_same = handle.version == node.version >= self._first_version
+        return is_same and rest == 0 and 0 < num_pages <= node.num_before + node.num_pages
+
+    def _end_of(self, node: RadixNode, num_tokens: int) -> RadixNode:
+        """The node that holds the last of the first `num_tokens` tokens of a prefix that ends with `node`."""
+        while node.num_before * self.page_size >= num_tokens:
+            assert node.parent is not None  # nothing is before a root
+            node = node.parent
+        return node
+
+    def _current_node(self, handle: CacheHandle) -> RadixNode:
+        node: RadixNode = handle.node
+        if not self._is_current(handle):
             raise ValueError(
                 f"handle must name a prefix that is still cached, got one of {handle.num_tokens} tokens that changed. "
                 "Lock a handle before the next insert or eviction."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,12 @@ from .prefix_cache import EMPTY_HANDLE, CacheHandle, InsertResult, MatchResult, 
 from .python_radix_tree import PythonRadixTree
 from .radix_node import RadixNode
 from .radix_sanity import check_radix_tree
-from .radix_tree import Growth, RadixTree
+from .radix_tree import Growth, RadixTree, check_priority, drop_empty_roots, names_pages, new_first_version
 from .token_ids import TokenArray, TokenIds, as_token_ids
 
 __all__ = ["CacheHandle", "InsertResult", "MatchResult", "Namespace", "RadixCache", "namespace_key"]
 
 _CORES = ("auto", "native", "python")
-
-# The upper half of the versions in the handles of a cache, so that no other cache takes them.
-_SERIALS = count(1)
-_SERIAL_BITS = 32
 
 
 class RadixCache:
@@ -45,7 +40,8 @@ class RadixCache:
     Cost:    match and insert: the tokens compared, and a step a node. lock and unlock: a step a node. evict: a heap
              operation for each run that loses pages, never a walk of the tree.
     Threads: one at a time.
-    Raises:  ValueError, TypeError for misuse; nothing has changed then.
+    Raises:  ValueError, TypeError for misuse; nothing has changed then. After an interrupt (KeyboardInterrupt) the call
+             has happened or not, and its answer is lost; one inside the Python core may need `reset(force=True)`.
 
     >>> cache = RadixCache(page_size=2)
     >>> cache.insert([1, 2, 3, 4], [7, 5]).num_cached
@@ -61,10 +57,11 @@ class RadixCache:
     ) -> None:
         check_int("page_size", page_size, minimum=1)
         self.page_size = page_size
-        self.events = EventLog() if events else None
-        self._serial = next(_SERIALS)
-        self._tree = _make_tree(core, page_size, make_eviction_policy(eviction), self._serial << _SERIAL_BITS)
-        self._roots: dict[Any, Any] = {}
+        self.events = EventLog(cache=self) if events else None
+        policy, version = make_eviction_policy(eviction), new_first_version()
+        self._first_versions = {version}
+        self._tree_type = _tree_type(core)
+        self._tree: RadixTree = self._tree_type(page_size, policy, version)
 
     @property
     def num_cached_pages(self) -> int:
@@ -99,11 +96,11 @@ class RadixCache:
     @property
     def core(self) -> str:
         """What runs: "native" or "python"."""
-        return "native" if isinstance(self._tree, NativeRadixTree) else "python"
+        return "native" if self._tree_type is NativeRadixTree else "python"
 
     def match(self, token_ids: TokenIds, namespace: Namespace = None) -> MatchResult:
         """The longest cached prefix of `token_ids`, in whole pages; counts as a use of it."""
-        return self._tree.match(self._roots.get(namespace_key(namespace)), token_ids)
+        return self._tree.match(self._tree.roots.get(namespace_key(namespace)), token_ids)
 
     def insert(
         self,
@@ -118,24 +115,23 @@ class RadixCache:
 
         only_new: adds nothing at all when the beginning is there already, so that the result never stands on pages of
                 others; `num_cached` tells.
-        priority: for the policy "priority"; what is there already has the highest it was ever given.
+        priority: an int of 64 bits, for the policy "priority"; what is there already has the highest it was ever given.
 
         Shapes: token_ids [n]; pages [n // page_size]. The pages of the first `num_cached` tokens of the result are not
                 taken, they stay the caller's; the others are the cache's from now on.
         Raises: ValueError when a page to be taken is negative, named twice or in the cache already.
         """
-        _check_priority(priority)
-        key = namespace_key(namespace)
-        known = self._roots.get(key)
-        root = self._tree.add_root(namespace) if known is None else known
-        growth = None
+        check_priority(priority)
+        if self.events is not None:
+            self.events.check()
+        tree, key = self._tree, namespace_key(namespace)
+        root = tree.roots.get(key)
+        if root is None:
+            root = tree.roots[key] = tree.add_root(namespace)
         try:
-            growth = self._tree.insert(root, token_ids, pages, only_new, priority)
+            growth = tree.insert(root, token_ids, pages, only_new, priority)
         finally:
-            if known is None and growth is not None and growth.handle.num_tokens:
-                self._roots[key] = root
-            elif known is None:
-                self._tree.drop_root(root)
+            drop_empty_roots(tree)
         if self.events is not None:
             self._log_stored(self.events, growth, 0, token_ids, pages)
         return InsertResult(growth.num_cached, growth.handle)
@@ -145,12 +141,14 @@ class RadixCache:
     ) -> InsertResult:
         """The same as inserting what `handle` names followed by `token_ids`, from there on.
 
-        Counts in `num_cached` are those of `token_ids`. A leaf that only `handle` locks grows in place: the handle's
-        lock then covers the new pages too, and a sequence that is decoded page by page stays one node.
+        Counts in `num_cached` are those of `token_ids`. A leaf that is locked once grows in place: the lock then covers
+        the new pages too, and a sequence that is decoded page by page stays one node. Handles mean what they meant.
         """
-        _check_priority(priority)
-        if not self._names_pages(handle):
+        check_priority(priority)
+        if not names_pages(handle, self._tree, self._first_versions):
             raise ValueError("handle must name a cached prefix to be extended, got an empty one. Insert instead.")
+        if self.events is not None:
+            self.events.check()
         growth = self._tree.extend(handle, token_ids, pages, only_new, priority)
         if self.events is not None:
             self._log_stored(self.events, growth, handle.num_tokens, token_ids, pages)
@@ -158,7 +156,7 @@ class RadixCache:
 
     def lock(self, handle: CacheHandle) -> None:
         """Protects the prefix that `handle` names from eviction until it is unlocked as often; none if empty."""
-        if self._names_pages(handle):
+        if names_pages(handle, self._tree, self._first_versions):
             self._tree.lock(handle)
 
     def unlock(self, handle: CacheHandle) -> None:
@@ -166,12 +164,12 @@ class RadixCache:
 
         Raises: ValueError when the handle is not locked.
         """
-        if self._names_pages(handle):
+        if names_pages(handle, self._tree, self._first_versions):
             self._tree.unlock(handle)
 
     def ancestor(self, handle: CacheHandle, num_tokens: int) -> CacheHandle:
         """The handle of the first `num_tokens` tokens (whole pages) of a current handle's prefix."""
-        is_empty = not self._names_pages(handle) or num_tokens == 0
+        is_empty = not names_pages(handle, self._tree, self._first_versions) or num_tokens == 0
         check_int("num_tokens", num_tokens, minimum=0)
         if num_tokens % self.page_size or num_tokens > handle.num_tokens:
             raise ValueError(
@@ -182,7 +180,7 @@ class RadixCache:
     def locked_tokens(self, handle: CacheHandle, start: int) -> TokenArray:
         """Token ids [start, handle.num_tokens) of the prefix that a current handle names."""
         check_int("start", start, minimum=0)
-        if not self._names_pages(handle):
+        if not names_pages(handle, self._tree, self._first_versions):
             return np.empty(0, np.int64)
         return self._tree.locked_tokens(handle, start)
 
@@ -193,19 +191,26 @@ class RadixCache:
                 what a prompt was answered goes before the prompt.
         """
         check_int("num_pages", num_pages, minimum=0)
+        if self.events is not None:
+            self.events.check()
         pages = self._tree.evict(num_pages)
-        self._forget_empty_roots()
+        drop_empty_roots(self._tree)
         if self.events is not None and pages.size:
             self.events.removed(pages)
         return pages
 
-    def reset(self) -> PageArray:
-        """Drops everything and returns the pages. Raises: ValueError while a handle is locked."""
+    def reset(self, force: bool = False) -> PageArray:
+        """Drops everything and returns the pages; all handles are stale then.
+
+        force: with it locks too, whatever state an interrupt left the cache in.
+        Raises: ValueError while a handle is locked, unless forced.
+        """
         num_locked = self.num_cached_pages - self.num_evictable_pages
-        if num_locked:
+        if num_locked and not force:
             raise ValueError(f"the cache must not be locked to be reset, got {num_locked} locked pages.")
-        pages = self._tree.evict(self.num_cached_pages)
-        self._forget_empty_roots()
+        version, pages = new_first_version(), self._tree.held_pages()
+        self._first_versions.add(version)
+        self._tree = self._tree_type(self.page_size, self.eviction_policy, version)
         if self.events is not None:
             self.events.cleared()
         return pages
@@ -219,7 +224,7 @@ class RadixCache:
         return self._tree.held_mask(num_pages)
 
     def nodes(self) -> Iterator[RadixNode]:
-        """Every node, roots included, parents before children: for inspection, not for change.
+        """Every node, roots with nodes included, parents before children: for inspection, not for change.
 
         The nodes of one call name each other; those of the native core are copies, made for this call.
         """
@@ -231,18 +236,6 @@ class RadixCache:
         Raises: IntegrityError that quotes the sentence that does not hold.
         """
         check_radix_tree(self._tree, self.page_size)
-
-    def _names_pages(self, handle: CacheHandle) -> bool:
-        """False for an empty handle, which all caches take; refuses one of another cache."""
-        if not isinstance(handle, CacheHandle):
-            raise TypeError(f"handle must be what match, insert or extend gave, got {type(handle).__name__}.")
-        if handle.num_tokens and handle.version >> _SERIAL_BITS != self._serial:
-            raise ValueError(f"handle must be one of this cache, got another's of {handle.num_tokens} tokens.")
-        return handle.num_tokens > 0
-
-    def _forget_empty_roots(self) -> None:
-        for namespace in self._tree.pop_empty_namespaces():
-            del self._roots[namespace_key(namespace)]
 
     def _log_stored(
         self, events: EventLog, growth: Growth, num_before: int, token_ids: TokenIds, pages: PageIds
@@ -265,19 +258,10 @@ class RadixCache:
         )
 
 
-def _check_priority(priority: int) -> None:
-    if type(priority) is int and -(2**31) <= priority < 2**31:
-        return
-    check_int("priority", priority, minimum=-(2**31))
-    raise ValueError(f"priority must be below 2**31, got {priority}.")
-
-
-def _make_tree(core: str, page_size: int, policy: EvictionPolicy, first_version: int) -> RadixTree:
+def _tree_type(core: str) -> type[NativeRadixTree] | type[PythonRadixTree]:
     if core not in _CORES:
         raise ValueError(f"core must be {', '.join(map(repr, _CORES))}, got {core!r}.")
     reason = native.unavailable() if core != "python" else None
     if core == "native" and reason is not None:
         raise BackendUnavailableError(f"core 'native' cannot load: {reason}.")
-    if core == "python" or reason is not None:
-        return PythonRadixTree(page_size, policy, first_version)
-    return NativeRadixTree(page_size, policy, first_version)
+    return PythonRadixTree if core == "python" or reason is not None else NativeRadixTree

@@ -18,8 +18,9 @@ class RadixNode:
     Owns:   copies of its token ids (int64) and page ids (int32), never views of a caller's arrays or another node's.
     locks:  how many locked handles protect this node, because they name it or a node below it.
     anchors: how many locked handles name this node itself, so that locks is the sum of anchors below and including it.
-    version: rises when the run changes under a handle that is not locked; a split changes nothing for the handle, since
-            the old node keeps the end of the run.
+    num_before: pages of the nodes above it.
+    version: rises when pages leave the node, so never while it is locked. A split and more pages at the end change
+            nothing for a handle: what it names ends in this node, or above it when the node was split there.
     """
 
     __slots__ = (
@@ -32,6 +33,7 @@ class RadixNode:
         "last_access",
         "locks",
         "namespace",
+        "num_before",
         "num_hits",
         "num_pages",
         "page_size",
@@ -56,6 +58,7 @@ class RadixNode:
         self._tokens, self._pages = GrowingArray(tokens), GrowingArray(pages)
         self.page_size = page_size
         self.num_pages: int = pages.shape[0]
+        self.num_before: int = 0 if parent is None else parent.num_before + parent.num_pages
         self.child_key = self.first_page_key()
         self.children: dict[bytes, RadixNode] = {}
         self.locks = self.anchors = self.version = self.num_hits = self.priority = 0
@@ -92,7 +95,6 @@ class RadixNode:
         self._tokens.extend(tokens)
         self._pages.extend(pages)
         self.num_pages += pages.shape[0]
-        self.version += 1
 
     def trim(self, num_pages: int) -> npt.NDArray[np.int32]:
         """Drops the last `num_pages` pages, not all of them; returns their ids."""
@@ -120,6 +122,7 @@ class RadixNode:
         prefix.priority, prefix.version = self.priority, self.version
         self._tokens, self._pages = GrowingArray(self._tokens.view(cut)), GrowingArray(self._pages.view(num_pages))
         self.num_pages -= num_pages
+        self.num_before += num_pages
         self.child_key = self.first_page_key()
         self.parent = prefix
         prefix.children[self.child_key] = self
@@ -129,7 +132,7 @@ class RadixNode:
     def detach(self) -> npt.NDArray[np.int32]:
         """Takes the node out of the tree; returns its page ids."""
         assert self.parent is not None  # only leaves below a root are detached
+        self.version += 1
         del self.parent.children[self.child_key]
         self.parent = None
-        self.version += 1
         return self.pages

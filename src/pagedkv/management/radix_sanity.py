@@ -2,7 +2,9 @@
 
 The sentences, in the order they are checked; an IntegrityError quotes the first that does not hold:
 
+    every namespace has one root
     a node has whole pages, and its parent files it under its first page
+    a node knows how many pages are before it
     no page is at two positions of the tree
     a node is locked as often as handles name it and lock its children
     a node is not used later than its parent
@@ -13,6 +15,7 @@ The sentences, in the order they are checked; an IntegrityError quotes the first
 from __future__ import annotations
 
 from ..errors import IntegrityError
+from .prefix_cache import namespace_key
 from .radix_node import RadixNode
 from .radix_tree import RadixTree
 
@@ -22,6 +25,7 @@ __all__ = ["check_radix_tree"]
 def check_radix_tree(tree: RadixTree, page_size: int) -> None:
     """Returns when every sentence above holds. Cost: a walk of the tree, all its tokens included."""
     nodes = list(tree.nodes())
+    _check_roots(tree, [node for node in nodes if node.parent is None])
     for node in nodes:
         _check_run(node, page_size)
         _check_links(node)
@@ -35,14 +39,21 @@ def _require(holds: bool, sentence: str, evidence: str) -> None:
         raise IntegrityError(f"broken: {sentence}: {evidence}.")
 
 
+def _check_roots(tree: RadixTree, roots: list[RadixNode]) -> None:
+    known, found = tree.roots.keys(), {namespace_key(root.namespace) for root in roots}
+    num_lost = len(found - known)
+    holds = not num_lost and len(found) == len(roots)
+    _require(
+        holds, "every namespace has one root", f"{len(roots)} roots of {len(found)} namespaces, {num_lost} unknown"
+    )
+
+
 def _check_run(node: RadixNode, page_size: int) -> None:
     sentence = "a node has whole pages, and its parent files it under its first page"
     num_pages, num_tokens = node.pages.size, node.tokens.size
     fits = num_pages == node.num_pages and num_tokens == num_pages * page_size
     _require(fits, sentence, f"a node of {node.num_pages} pages holds {num_pages} pages and {num_tokens} tokens")
-    is_root = node.parent is None
-    has_content = bool(node.children) if is_root else num_pages > 0
-    _require(has_content, sentence, f"a {'root has no children' if is_root else 'node has no pages'}")
+    _require(num_pages > 0 or node.parent is None, sentence, "a node has no pages")
     for key, child in node.children.items():
         is_filed = key == child.child_key == child.first_page_key() and child.parent is node
         _require(is_filed, sentence, f"{_name(child)} is filed wrongly")
@@ -51,6 +62,12 @@ def _check_run(node: RadixNode, page_size: int) -> None:
 def _check_links(node: RadixNode) -> None:
     if node.parent is None:
         return
+    num_before = node.parent.num_before + node.parent.num_pages
+    _require(
+        node.num_before == num_before,
+        "a node knows how many pages are before it",
+        f"{_name(node)} says {node.num_before}, {num_before} are",
+    )
     locks = node.anchors + sum(child.locks for child in node.children.values())
     _require(
         node.locks == locks and node.anchors >= 0,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RowHeap"]
+__all__ = ["RowHeap", "RowSnapshot"]
 
 _SMALLEST_CHUNK = 16
+# A snapshot is read as a whole when it would keep more than one row in so many: in the end that is less work.
+_MOST_KEPT = 16
+
+_Csr = tuple[npt.NDArray[np.int32], npt.NDArray[Any]]
 
 
 class RowHeap:
@@ -18,7 +23,13 @@ class RowHeap:
     Owns: the buffer; what is passed in is copied. Views are valid until the next call that lengthens a row.
     Cost: one copy of what is added; a row that outgrows its chunk moves to one twice as long. At most four times the
           memory of what the rows held together at their longest.
+    Interrupts: a KeyboardInterrupt that ends a call leaves each row as it was before or as it is after, and at worst a
+          chunk that nobody uses again.
     """
+
+    # The order of writes is what an interrupt may not break: entries before the size that counts them; a chunk is taken
+    # from the row, or from the free ones, before it is given to anybody; and a row's capacity is never more than what
+    # is behind its start, so it shrinks before the row moves and grows after it.
 
     def __init__(self, num_rows: int, dtype: npt.DTypeLike) -> None:
         self.flat: npt.NDArray[Any] = np.empty(0, dtype)
@@ -27,6 +38,12 @@ class RowHeap:
         self._capacity = np.zeros(num_rows, np.int64)
         self._end = 0
         self._free_chunks: dict[int, list[int]] = {}
+        self._snapshots: set[weakref.ref[RowSnapshot]] = set()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, the empty ones included."""
+        return self.size.shape[0]
 
     @property
     def num_bytes(self) -> int:
@@ -35,8 +52,10 @@ class RowHeap:
 
     def add_rows(self, num_rows: int) -> None:
         """Adds `num_rows` empty rows."""
-        self.start, self.size, self._capacity = (
-            np.concatenate([array, np.zeros(num_rows, np.int64)]) for array in (self.start, self.size, self._capacity)
+        wanted = self.num_rows + num_rows
+        self.start, self._capacity, self.size = (
+            np.concatenate([array, np.zeros(max(0, wanted - array.shape[0]), np.int64)])
+            for array in (self.start, self._capacity, self.size)
         )
 
     def view(self, row: int, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
@@ -44,15 +63,32 @@ class RowHeap:
         base = self.start.item(row)
         return self.flat[base + start : base + (self.size.item(row) if stop is None else stop)]
 
+    def snapshot(
+        self, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], *, has_negative: bool = False
+    ) -> RowSnapshot:
+        """The rows `rows` as they are now, to be read later; `sizes` are theirs. Neither is written to any more.
+
+        has_negative: there are entries below 0, to be read as 0.
+        """
+        made = RowSnapshot(self, rows, sizes, has_negative)
+        self._snapshots.add(weakref.ref(made, self._snapshots.discard))
+        return made
+
     def extend(self, row: int, values: npt.NDArray[Any]) -> None:
         """Appends `values` to a row."""
         size = self.size.item(row)
-        self.put(row, size, values)
-        self.size[row] = size + values.shape[0]
+        needed = size + len(values)
+        if needed > self._capacity.item(row):
+            self._move(row, needed)
+        base = self.start.item(row)
+        self.flat[base + size : base + needed] = values
+        self.size[row] = needed
 
     def put(self, row: int, at: int, values: npt.NDArray[Any]) -> None:
         """Writes `values` at entry `at` of a row, at most its size; entries beyond the size do not count yet."""
-        needed = at + values.shape[0]
+        if self._snapshots:
+            self._keep(row, at)
+        needed = at + len(values)
         if needed > self._capacity.item(row):
             self._move(row, needed)
         base = self.start.item(row)
@@ -65,27 +101,35 @@ class RowHeap:
 
     def truncate(self, row: int, size: int) -> None:
         """Keeps the first `size` entries of a row."""
+        if self._snapshots:
+            self._keep(row, size)
         self.size[row] = size
         if 4 * size + _SMALLEST_CHUNK < self._capacity.item(row):
             self._move(row, size)
 
     def clear(self, row: int) -> None:
         """Empties a row and takes its chunk back."""
+        if self._snapshots:
+            self._keep(row, 0)
         capacity = self._capacity.item(row)
-        if capacity:
-            self._free_chunks.setdefault(capacity, []).append(self.start.item(row))
-            self._capacity[row] = 0
         self.size[row] = 0
+        if capacity:
+            self._capacity[row] = 0
+            self._offer(self.start.item(row), capacity)
 
     def append_each(self, rows: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> None:
         """Appends values[i] to row rows[i]; each row is named once."""
         size = self.size[rows]
         is_full = size == self._capacity[rows]
-        if is_full.any():
+        if np.count_nonzero(is_full):
             for row in rows[is_full].tolist():
                 self._move(row, self.size.item(row) + 1)
-        self.flat[self.start[rows] + size] = values
-        self.size[rows] = size + 1
+        places = self.start[rows]
+        places += size
+        # Two steps: an assignment that converts as it scatters takes three times as long.
+        self.flat[places] = values.astype(self.flat.dtype, copy=False)
+        size += 1
+        self.size[rows] = size
 
     def extend_each(self, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> None:
         """Appends the next counts[i] of `values` to row rows[i]; each row is named once."""
@@ -98,15 +142,26 @@ class RowHeap:
         self.size[rows] = needed
 
     def _move(self, row: int, needed: int) -> None:
-        """Gives a row a chunk for `needed` entries, its first ones kept."""
-        size = min(self.size.item(row), needed)
+        """Gives a row a chunk for `needed` entries, all that count of its own kept."""
+        size, old, old_capacity = self.size.item(row), self.start.item(row), self._capacity.item(row)
         capacity = max(_SMALLEST_CHUNK, 1 << (needed - 1).bit_length())
         start = self._chunk(capacity)
         if size:
-            old = self.start.item(row)
             self.flat[start : start + size] = self.flat[old : old + size]
-        self.clear(row)
-        self.start[row], self.size[row], self._capacity[row] = start, size, capacity
+        if capacity < old_capacity:
+            self._capacity[row] = capacity
+        self.start[row] = start
+        self._capacity[row] = capacity
+        if old_capacity:
+            self._offer(old, old_capacity)
+
+    def _keep(self, row: int, start: int) -> None:
+        """Entries of a row from `start` on are about to change: lets the snapshots that have them save it."""
+        if start < self.size.item(row):
+            for reference in tuple(self._snapshots):
+                snapshot = reference()
+                if snapshot is not None:
+                    snapshot._keep(row, start)
 
     def _chunk(self, capacity: int) -> int:
         chunks = self._free_chunks.get(capacity)
@@ -119,3 +174,93 @@ class RowHeap:
             self.flat = grown
         self._end = start + capacity
         return start
+
+    def _offer(self, start: int, capacity: int) -> None:
+        chunks = self._free_chunks.get(capacity)
+        if chunks is None:
+            self._free_chunks[capacity] = [start]
+        else:
+            chunks.append(start)
+
+
+class RowSnapshot:
+    """Some rows as they were when it was made, read when they are asked for; if nobody asks, next to nothing is done.
+
+    Owns: copies of rows that were about to change otherwise than by lengthening; the others are read where they lie.
+    sizes: of the rows, int32.
+    """
+
+    __slots__ = ("__weakref__", "_before", "_csr", "_has_negative", "_heap", "_kept", "_rows", "sizes")
+
+    def __init__(
+        self, heap: RowHeap, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], has_negative: bool
+    ) -> None:
+        self._heap = heap
+        self._rows = rows
+        self.sizes = sizes
+        self._has_negative = has_negative
+        self._kept: dict[int, npt.NDArray[Any]] = {}
+        self._csr: _Csr | None = None
+        # What was read of an earlier snapshot, which rows have one entry more here, and those entries.
+        self._before: tuple[_Csr, npt.NDArray[np.int64], npt.NDArray[Any]] | None = None
+
+    def lengthened(
+        self, sizes: npt.NDArray[np.int32], grown: npt.NDArray[np.int64], values: npt.NDArray[Any]
+    ) -> RowSnapshot:
+        """The same rows now, when nothing but an entry values[i] behind the row at grown[i] is new; what was read of
+        the others is used again.
+        """
+        made = self._heap.snapshot(self._rows, sizes, has_negative=self._has_negative)
+        if self._csr is not None:
+            made._before = self._csr, grown, values
+        return made
+
+    def read(self) -> _Csr:
+        """Where each row begins, and the rows one behind the other: the same two arrays in each call."""
+        csr = self._csr
+        if csr is None:
+            indptr = np.empty(self.sizes.shape[0] + 1, np.int32)
+            indptr[0] = 0
+            np.add.accumulate(self.sizes, out=indptr[1:])
+            csr = self._csr = indptr, self._values() if self._before is None else self._joined(*self._before, indptr)
+            self._heap._snapshots.discard(weakref.ref(self))
+            self._before = None
+            self._kept = {}
+        return csr
+
+    def _values(self) -> npt.NDArray[Any]:
+        flat, starts = self._heap.flat, self._heap.start[self._rows]
+        stops = starts + self.sizes
+        parts = [flat[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        for number, kept in self._kept.items():
+            parts[number] = kept
+        values = np.concatenate([flat[:0], *parts])
+        if self._has_negative:
+            np.maximum(values, 0, out=values)
+        return values
+
+    @staticmethod
+    def _joined(
+        before: _Csr, grown: npt.NDArray[np.int64], new: npt.NDArray[Any], indptr: npt.NDArray[np.int32]
+    ) -> npt.NDArray[Any]:
+        """What was read before, copied in the parts between two new entries, and those."""
+        old_indptr, old = before
+        parts, done, ends = [], 0, old_indptr[1:][grown].tolist()
+        for end in ends:
+            # With one entry more than belongs there, which keeps the place of the new one.
+            parts.append(old[done : end + 1])
+            done = end
+        parts.append(old[done:] if done < len(old) else np.empty(ends.count(done), old.dtype))
+        values = np.concatenate(parts)
+        values[indptr[1:][grown] - 1] = new
+        return values
+
+    def _keep(self, row: int, start: int) -> None:
+        for number in (self._rows == row).nonzero()[0].tolist():
+            size = self.sizes.item(number)
+            if number in self._kept or start >= size:
+                continue
+            if _MOST_KEPT * len(self._kept) >= self._rows.shape[0]:
+                self.read()
+                return
+            self._kept[number] = self._heap.view(row, 0, size).copy()

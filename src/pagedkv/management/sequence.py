@@ -34,7 +34,7 @@ States, and the calls that lead from one to the next:
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,28 +44,14 @@ from ..shapes import check_int
 from .allocator import PageArray
 from .ledger import PageLedger
 from .prefix_cache import CacheHandle, Namespace, PrefixCache
-from .sequence_books import SequenceBooks
+from .sequence_away import SequenceAway, SequenceState
 from .token_ids import TokenIds, as_token_array
+from .whole_call import whole_call
 
-__all__ = ["Sequence", "SequenceState", "SwapTier"]
-
-SequenceState = Literal["on pages", "swapped out", "dropped", "closed"]
-
-
-class SwapTier(Protocol):
-    """Where the bytes of pages wait; `HostPageStore` (storage/host.py) is one."""
-
-    def save(self, pages: torch.Tensor) -> Any:
-        """Copies the bytes of pages [n] int64 and returns what names the copy. When it raises, nothing is kept."""
-
-    def load(self, ticket: Any, pages: torch.Tensor) -> None:
-        """Writes the i-th page saved under `ticket` over pages[i], none for -1. The copy stays."""
-
-    def drop(self, ticket: Any) -> None:
-        """Forgets the copy."""
+__all__ = ["Sequence", "SequenceState"]
 
 
-class Sequence(SequenceBooks):
+class Sequence(SequenceAway):
     """A growing list of tokens on pages of a manager; made by `KVCacheManager.open` and `fork`.
 
     When:   append, write the keys and values into the slots, commit the token ids; repeat; close.
@@ -90,7 +76,8 @@ class Sequence(SequenceBooks):
         window: int | None = None,
         num_expected: int = 0,
     ) -> None:
-        """For the manager: `handle` is locked and pages beyond it are retained; this sequence gives them back.
+        """For the manager, which puts it among the live ones: what `handle` names is locked and pages beyond it are
+        retained; this sequence gives both back.
 
         num_expected: tokens to make room for.
         """
@@ -98,13 +85,8 @@ class Sequence(SequenceBooks):
         num_tokens = int(tokens.shape[0])
         self._rows.num_tokens[self._row] = num_tokens
         self._rows.published[self._row] = num_tokens
-        self._num_cached_tokens = num_tokens
-        self._state: SequenceState = "on pages"
+        self._is_closing = False
         self._counts_at_end = (0, 0)
-        # Where a swapped-out sequence is, and how many of its pages a window had given back.
-        self._ticket: tuple[SwapTier, Any] | None = None
-        self._num_pages_behind = 0
-        ledger.live[id(self)] = self
 
     @property
     def num_tokens(self) -> int:
@@ -124,7 +106,7 @@ class Sequence(SequenceBooks):
     @property
     def page_ids(self) -> tuple[int, ...]:
         """Its pages in order of position; -1 where a window gave one back."""
-        with self._ledger.lock:
+        with self._budget.lock:
             return tuple(self.row_pages().tolist())
 
     def row_pages(self) -> PageArray:
@@ -134,7 +116,7 @@ class Sequence(SequenceBooks):
     @property
     def token_ids(self) -> tuple[int, ...]:
         """Ids of the committed tokens; none once it is closed."""
-        with self._ledger.lock:
+        with self._budget.lock:
             return tuple(self._rows.tokens.view(self._row).tolist()) if self._row >= 0 else ()
 
     @property
@@ -168,10 +150,16 @@ class Sequence(SequenceBooks):
         return self._handle
 
     @property
+    def num_locked_tokens(self) -> int:
+        """Leading tokens that it has on pages of the prefix cache, for inspection."""
+        return self._lock_tokens if self._row >= 0 else 0
+
+    @property
     def cache(self) -> PrefixCache | None:
         """Where its namespace is cached, for inspection."""
         return self._cache
 
+    @whole_call
     def append(self, num_tokens: int) -> torch.Tensor:
         """Reserves the next `num_tokens` tokens and returns their slots, int64 [num_tokens] on the pool's device.
 
@@ -181,23 +169,22 @@ class Sequence(SequenceBooks):
         Raises: OutOfPagesError when free and evictable pages together are too few; nothing has changed then.
         """
         check_int("num_tokens", num_tokens, minimum=1)
-        with self._ledger:
-            self._check_open("append")
-            return self._to_tensor(self._append(num_tokens))
+        self._check_open("append")
+        return self._to_tensor(self._append(num_tokens))
 
+    @whole_call
     def try_append(self, num_tokens: int) -> torch.Tensor | None:
         """The same, or None when there are too few pages."""
         check_int("num_tokens", num_tokens, minimum=1)
-        with self._ledger:
-            self._check_open("try_append")
-            return self._to_tensor(self._append(num_tokens)) if self._fits(num_tokens) else None
+        self._check_open("try_append")
+        return self._to_tensor(self._append(num_tokens)) if self._fits(num_tokens) else None
 
+    @whole_call
     def can_append(self, num_tokens: int) -> bool:
         """True when `append(num_tokens)` would find its pages now."""
         check_int("num_tokens", num_tokens, minimum=1)
-        with self._ledger:
-            self._check_open("can_append")
-            return self._fits(num_tokens)
+        self._check_open("can_append")
+        return self._fits(num_tokens)
 
     def commit(self, token_ids: TokenIds) -> None:
         """Names the reserved tokens, and publishes the pages that are full now to the prefix cache.
@@ -207,13 +194,16 @@ class Sequence(SequenceBooks):
         When:   after the keys and values of these tokens are written.
         Raises: ValueError for another length, or ids that differ from the committed ones; nothing has changed then.
         """
-        ids = as_token_array("token_ids", token_ids)
-        with self._ledger:
-            self._check_open("commit")
-            new_ids = self._new_ids(ids)
-            self._check_as_forks_committed(new_ids)
-            self._commit(new_ids)
+        self._commit_ids(as_token_array("token_ids", token_ids))
 
+    @whole_call
+    def _commit_ids(self, ids: npt.NDArray[Any]) -> None:
+        self._check_open("commit")
+        new_ids = self._new_ids(ids)
+        self._check_as_forks_committed(new_ids)
+        self._commit(new_ids)
+
+    @whole_call
     def fork(self) -> Sequence:
         """A second sequence with the same tokens on the same pages, the partly filled last one included.
 
@@ -221,22 +211,23 @@ class Sequence(SequenceBooks):
                 are equal.
         Owns:   whoever appends to the shared last page first gets a copy of it.
         """
-        with self._ledger:
-            self._check_open("fork")
-            rows, row, cache = self._rows, self._row, self._cache
-            if cache is not None and self._handle is not None:
-                cache.lock(self._handle)
-            self._ledger.allocator.retain(self._own_pages())
-            tokens, pages = rows.tokens.view(row), self._page_view()
-            child = Sequence(self._ledger, self._namespace, tokens, pages, self._handle, self._window)
-            for array in (rows.num_tokens, rows.published, rows.first_page, rows.is_new):
-                array[child._row] = array[row]
-            child._num_cached_tokens = self._num_cached_tokens
-            child._priority = self._priority
-            # Their last page is shared now, which whoever plans a step must see.
-            rows.changed(row)
-            return child
+        self._check_open("fork")
+        rows, row, cache = self._rows, self._row, self._cache
+        if cache is not None and self._handle is not None:
+            cache.lock(self._handle)
+        self._budget.allocator.retain(self._own_pages())
+        tokens, pages = rows.tokens.view(row), self._page_view()
+        child = Sequence(self._ledger, self._namespace, tokens, pages, self._handle, self._window)
+        for array in (rows.num_tokens, rows.published, rows.lock_tokens, rows.is_new):
+            array[child._row] = array[row]
+        child._num_cached_tokens = self._num_cached_tokens
+        child._priority = self._priority
+        # Their last page is shared now, which whoever plans a step must see.
+        rows.changed(row)
+        self._ledger.live[id(child)] = child
+        return child
 
+    @whole_call
     def truncate(self, num_tokens: int) -> None:
         """Forgets all tokens from `num_tokens` on, committed or not, and gives back pages that held only those.
 
@@ -244,37 +235,38 @@ class Sequence(SequenceBooks):
         Raises: ValueError when the tokens that are left would see pages that a window gave back.
         """
         check_int("num_tokens", num_tokens, minimum=0)
-        with self._ledger:
-            self._check_open("truncate")
-            if num_tokens > self._num_tokens:
-                raise ValueError(f"num_tokens must be at most {self._num_tokens} (the sequence), got {num_tokens}.")
-            gone = self._rows.first_page.item(self._row) * self._ledger.page_size
-            if gone and self._window is not None and num_tokens < gone + self._window - 1:
-                raise ValueError(
-                    f"num_tokens must be at least {gone + self._window - 1}, whose window begins behind the pages that "
-                    f"were given back, got {num_tokens}. Open the sequence again."
-                )
-            self._cut(num_tokens)
-            self._num_cached_tokens = min(self._num_cached_tokens, self._rows.published.item(self._row))
+        self._check_open("truncate")
+        if num_tokens > self._num_tokens:
+            raise ValueError(f"num_tokens must be at most {self._num_tokens} (the sequence), got {num_tokens}.")
+        shortest = self._shortest()
+        if num_tokens < shortest:
+            raise ValueError(
+                f"num_tokens must be at least {shortest}, whose window begins behind the pages that were given back, "
+                f"got {num_tokens}. Open the sequence again."
+            )
+        self._cut(num_tokens)
 
+    @whole_call
     def close(self) -> None:
         """Gives its pages back: published ones stay cached, others are free unless a fork names them. Idempotent.
 
         What a tier keeps of it is dropped there.
         """
-        with self._ledger:
-            if self.is_closed:
-                return
-            if self._ticket is not None:
-                tier, ticket = self._ticket
-                tier.drop(ticket)
-                self._ticket = None
+        if self.is_closed:
+            return
+        self._is_closing = True
+        try:
+            self._drop_ticket()
             self._counts_at_end = self._num_tokens, self._num_committed
             if self._state == "on pages":
                 self._give_back_all(self._publish_behind_duplicates())
-            del self._ledger.live[id(self)]
-            self._rows.remove(self._row)
-            self._state, self._row = "closed", -1
+        except Exception:
+            self._is_closing = False
+            raise
+        row, self._row = self._row, -1
+        self._state = "closed"
+        del self._ledger.live[id(self)]
+        self._rows.remove(row)
 
     def __copy__(self) -> Sequence:
         raise TypeError("a sequence must be forked to have a second one, got a call of copy. Use fork().")
@@ -304,20 +296,9 @@ class Sequence(SequenceBooks):
                 "Call KVCacheManager.swap_in first."
             )
 
-    def _put_away(self, state: SequenceState, ticket: tuple[SwapTier, Any] | None) -> None:
-        """Gives all pages back as a close does, and stays alive without."""
-        self._num_pages_behind = self._rows.first_page.item(self._row)
-        self._give_back_all(self._publish_behind_duplicates())
-        self._state, self._ticket = state, ticket
-
-    def _come_back(self) -> None:
-        """On pages again, which the row names."""
-        self._state, self._ticket = "on pages", None
-        self._rows.changed(self._row)
-
     def _to_tensor(self, slots: npt.NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(slots)
-        return tensor if self._ledger.is_on_cpu else tensor.to(self._ledger.device)
+        return tensor if self._budget.is_on_cpu else tensor.to(self._budget.device)
 
     def _new_ids(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The ids of `ids` that are not committed yet."""

@@ -41,25 +41,36 @@ class SequenceRows:
         self.epoch = 0
         self._free_rows: list[int] = []
 
-    def add(self, tokens: npt.NDArray[Any], pages: npt.NDArray[np.int32], num_expected: int = 0) -> int:
-        """A row for a sequence that begins with these, with room for `num_expected` tokens; all other state is zero."""
+    def add(
+        self,
+        tokens: npt.NDArray[Any],
+        pages: npt.NDArray[np.int32],
+        num_expected: int = 0,
+        num_expected_pages: int = 0,
+    ) -> int:
+        """A row for a sequence that begins with these, with room for as many as are expected; other state is zero."""
         if not self._free_rows:
             self._grow()
         row = self._free_rows.pop()
-        for array in (self.num_tokens, self.lock_tokens, self.published, self.first_page, self.window):
-            array[row] = 0
+        self.num_tokens[row] = self.lock_tokens[row] = self.published[row] = 0
+        self.first_page[row] = self.window[row] = 0
         self.is_new[row] = True
-        self.tokens.reserve(row, num_expected)
-        if tokens.shape[0]:
-            self.put_tokens(row, 0, tokens)
-            self.tokens.size[row] = tokens.shape[0]
-        if pages.shape[0]:
+        num_tokens = len(tokens)
+        if num_expected > num_tokens:
+            self.tokens.reserve(row, num_expected)
+        if num_tokens:
+            self._make_fit(tokens)
+            self.tokens.extend(row, tokens)
+        if num_expected_pages > len(pages):
+            self.pages.reserve(row, num_expected_pages)
+        if len(pages):
             self.pages.extend(row, pages)
         self.changed(row)
         return row
 
     def remove(self, row: int) -> None:
         """Forgets a row; its number is used again."""
+        # Empty before it is offered, so that an interrupt leaves a row that nobody uses, and none that two have.
         self.pages.clear(row)
         self.tokens.clear(row)
         self.changed(row)
@@ -82,14 +93,16 @@ class SequenceRows:
 
     def _make_fit(self, ids: npt.NDArray[Any]) -> None:
         heap = self.tokens
-        if ids.dtype.itemsize > heap.flat.dtype.itemsize and ids.size and int(ids.max()) > _INT32_MAX:
+        if ids.itemsize > heap.flat.itemsize and ids.size and int(ids.max()) > _INT32_MAX:
             heap.flat = heap.flat.astype(np.int64)
 
     def _grow(self) -> None:
-        old, added = self.version.shape[0], max(16, self.version.shape[0])
-        self.pages.add_rows(added)
-        self.tokens.add_rows(added)
-        for name in ("num_tokens", "lock_tokens", "published", "first_page", "window", "version", "is_new"):
+        old = self.version.shape[0]
+        num_rows = max(16, 2 * old)
+        self.pages.add_rows(num_rows - self.pages.num_rows)
+        self.tokens.add_rows(num_rows - self.tokens.num_rows)
+        # The version last, from which an interrupted call begins again.
+        for name in ("num_tokens", "lock_tokens", "published", "first_page", "window", "is_new", "version"):
             array = getattr(self, name)
-            setattr(self, name, np.concatenate([array, np.zeros(added, array.dtype)]))
-        self._free_rows.extend(range(old + added - 1, old - 1, -1))
+            setattr(self, name, np.concatenate([array, np.zeros(num_rows - array.shape[0], array.dtype)]))
+        self._free_rows.extend(range(num_rows - 1, old - 1, -1))

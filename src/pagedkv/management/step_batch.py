@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..storage import PageTable
 from .allocator import PageArray
+from .row_heap import RowSnapshot
 
-__all__ = ["BookedTable", "DenseTables", "StepBatch"]
+__all__ = ["BookedTable", "StepBatch", "StepTables"]
 
 
-class DenseTables(Protocol):
-    """What keeps the dense form from step to step."""
+class StepTables(Protocol):
+    """What keeps the page table from step to step."""
 
     @property
     def table_version(self) -> int:
@@ -23,32 +25,56 @@ class DenseTables(Protocol):
     def dense_table(self) -> torch.Tensor:
         """The dense form for the last step."""
 
+    def csr_table(self, snapshot: RowSnapshot, lengths: npt.NDArray[np.int64]) -> PageTable:
+        """The CSR form of any step."""
 
-@dataclass(eq=False, slots=True)
+
 class StepBatch:
     """The reservation of one step, packed by sequence in the order they were given.
 
     slot_mapping: [T] int64, where the new keys and values go: `store_kv`.
     query_indptr: [S + 1] int32, which of the T new tokens are each sequence's: `plan_attention`.
-    page_table:   CSR, fresh in every step: a later step does not change it. The positions of pages that a window has
-                  given back name page 0; attention with that window reads none of them.
+    Cost: each form of the page table is made when it is asked for, and costs nothing before.
     """
 
-    slot_mapping: torch.Tensor
-    query_indptr: torch.Tensor
-    page_table: PageTable
-    _tables: DenseTables = field(repr=False)
-    _version: int = field(repr=False)
+    __slots__ = ("_lengths", "_page_table", "_snapshot", "_tables", "_version", "query_indptr", "slot_mapping")
+
+    def __init__(
+        self,
+        slot_mapping: torch.Tensor,
+        query_indptr: torch.Tensor,
+        tables: StepTables,
+        snapshot: RowSnapshot,
+        lengths: npt.NDArray[np.int64],
+    ) -> None:
+        """For the planner: nobody writes to `lengths` [S] any more."""
+        self.slot_mapping = slot_mapping
+        self.query_indptr = query_indptr
+        self._tables = tables
+        self._version = tables.table_version
+        self._snapshot = snapshot
+        self._lengths = lengths
+        self._page_table: PageTable | None = None
 
     @property
     def seq_lens(self) -> torch.Tensor:
-        """Tokens of each sequence, the new ones included: [S] int32."""
-        return self.page_table.seq_lens
+        """Tokens of each sequence, the new ones included: [S] int32, a copy."""
+        return torch.from_numpy(self._lengths.astype(np.int32)).to(self.query_indptr.device)
 
     @property
     def num_tokens(self) -> int:
         """New tokens of all sequences."""
         return self.slot_mapping.shape[0]
+
+    @property
+    def page_table(self) -> PageTable:
+        """CSR, the same at any time, whatever later steps and other calls do to the sequences.
+
+        The positions of pages that a window has given back name page 0; attention with that window reads none of them.
+        """
+        if self._page_table is None:
+            self._page_table = self._tables.csr_table(self._snapshot, self._lengths)
+        return self._page_table
 
     def dense_table(self) -> torch.Tensor:
         """The dense form [S, M] int32, -1 for unused, as a view of one buffer that later steps write their changes to.
@@ -60,6 +86,9 @@ class StepBatch:
         if self._tables.table_version != self._version:
             raise ValueError("the dense table must be asked for before the next step, got a step that is over.")
         return self._tables.dense_table()
+
+    def __repr__(self) -> str:
+        return f"StepBatch(num_seqs={self._lengths.shape[0]}, num_tokens={self.num_tokens})"
 
 
 class BookedTable(PageTable):

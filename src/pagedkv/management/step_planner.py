@@ -11,8 +11,10 @@ import torch
 
 from .allocator import PageArray
 from .ledger import PageLedger
+from .row_heap import RowSnapshot
 from .sequence import Sequence
 from .step_batch import BookedTable, StepBatch
+from .step_commit import check_commit, commit
 from .step_table import StepTable
 
 __all__ = ["StepPlanner"]
@@ -23,9 +25,9 @@ Counts = npt.NDArray[np.int64]
 class StepPlanner:
     """One manager's: the rows of the sequences of the last step, and the table over them.
 
-    Cost: numpy calls over the sequences, nothing a token; one copy of the table, joined from the parts that stay and
-          the pages that are new. Python steps are a sequence only for sequences that joined or were changed otherwise
-          (append, truncate, fork, a copy on write), and for a page that is copied.
+    Cost: numpy calls over the sequences, nothing a token and nothing a page that was there before. Python steps are a
+          sequence only for sequences that joined or were changed otherwise (append, truncate, fork, a copy on write),
+          for a page that is copied, and for a CSR form that is asked for.
     """
 
     def __init__(self, ledger: PageLedger, check: Callable[[list[Sequence]], None]) -> None:
@@ -38,25 +40,36 @@ class StepPlanner:
         # While the table and the books change, so that what an interrupt leaves is not built upon.
         self._is_changing = False
         self._table = StepTable(ledger.rows, ledger.page_size)
+        self._max_page = ledger.allocator.num_pages - 1
+        self._device = ledger.budget.device
         self._decode_indptr = torch.zeros(1, dtype=torch.int32)
         self._read()
 
     def fits(self, seqs: list[Sequence], num_tokens: int | Counts) -> bool:
         """True when `reserve` with the same arguments would find its pages."""
+        return self._ledger.budget.can_obtain(*self.needs(seqs, num_tokens))
+
+    def needs(self, seqs: list[Sequence], num_tokens: int | Counts) -> tuple[int, int]:
+        """How many pages `reserve` with the same arguments would take, and how many it would have to leave."""
         self._follow(seqs)
         num_new = self._num_new_pages(num_tokens)
-        return self._ledger.can_obtain(int(num_new.sum()) + len(self._to_copy()), self._num_kept_free(num_new))
+        return int(num_new.sum()) + len(self._to_copy()), self._num_kept_free(num_new)
 
-    def reserve(self, seqs: list[Sequence], num_tokens: int | Counts) -> StepBatch:
-        """Reserves for all sequences or, raising OutOfPagesError, for none."""
+    def reserve(self, seqs: list[Sequence], num_tokens: int | Counts, obtained: PageArray | None = None) -> StepBatch:
+        """Reserves for all sequences or, raising OutOfPagesError, for none.
+
+        obtained: the pages to take, as many as `needs` said; they are free again when it raises.
+        """
         self._follow(seqs)
         num_new = self._num_new_pages(num_tokens)
         grown = num_new.nonzero()[0]
         copied = self._to_copy() if self._may_copy or self._ledger.allocator.num_extra_owners else []
-        if grown.shape[0] or copied:
+        if len(grown) or copied:
             counts = None if num_new.dtype == np.bool_ else num_new[grown]
-            total = grown.shape[0] if counts is None else int(counts.sum())
-            pages = self._ledger.obtain(total + len(copied), self._num_kept_free(num_new))
+            total = len(grown) if counts is None else int(counts.sum())
+            pages = obtained
+            if pages is None:
+                pages = self._ledger.budget.obtain(total + len(copied), self._num_kept_free(num_new))
             self._is_changing = True
             if copied:
                 self._copy_on_write(copied, pages)
@@ -64,53 +77,36 @@ class StepPlanner:
             if total:
                 self._table.grow(self._rows, grown, counts, pages)
             if counts is None:
-                self._next_slots[grown] = pages * np.int64(self._ledger.page_size)
+                self._next_slots[grown] = pages.astype(np.int64) * self._ledger.page_size
+                self._room[grown] = self._ledger.page_size
         self._is_changing = True
-        step = self._batch(num_tokens, grown)
+        step = self._batch(num_tokens)
         self._is_changing = False
         return step
 
+    def forget(self) -> None:
+        """Drops what is kept of the last step, so that the next call reads all of it again: after an interrupt."""
+        self._is_changing = True
+        self._table.version += 1
+        self._seqs = []
+
     def commit(self, seqs: list[Sequence], token_ids: npt.NDArray[Any]) -> None:
-        """Names one reserved token of each sequence; publishes where that fills a page.
+        """Names one reserved token of each sequence; see management/step_commit.py."""
+        commit(self._ledger, seqs, self._rows_now(seqs), token_ids)
 
-        Raises: ValueError also for forks that name different tokens for one page; nothing has changed then.
-        """
-        books, rows = self._ledger.rows, self._rows
-        if seqs != self._seqs or self._is_changing or (books.version[rows] != self._versions).any():
-            rows = self._rows_of(seqs)
-        committed = books.tokens.size[rows]
-        has_none = committed >= books.num_tokens[rows]
-        if has_none.any():
-            raise ValueError(
-                "seqs must have a reserved token without an id each, got none "
-                f"at position {int(has_none.argmax())}. Append first."
-            )
-        is_slow = ((committed + 1) % self._ledger.page_size == 0) | (books.window[rows] > 0)
-        if self._ledger.allocator.num_extra_owners or (books.lock_tokens[rows] > committed).any():
-            # Forks of one another: what one publishes the others must agree with.
-            is_slow[:] = True
-            self._check_forks_agree(seqs, committed, token_ids)
-        for number in np.flatnonzero(is_slow).tolist():
-            ids = token_ids[number : number + 1]
-            seqs[number]._commit(ids)
-        if not is_slow.all():
-            books.append_token_each(rows[~is_slow], token_ids[~is_slow])
+    def check_commit(self, seqs: list[Sequence], token_ids: npt.NDArray[Any]) -> None:
+        """Refuses what `commit` with the same arguments would refuse."""
+        check_commit(self._ledger, seqs, self._rows_now(seqs), token_ids)
 
-    def _check_forks_agree(self, seqs: list[Sequence], committed: Counts, token_ids: npt.NDArray[Any]) -> None:
-        """Refuses other ids than forks have published for the same pages, or would publish here."""
-        page_size = self._ledger.page_size
-        published: dict[int, int] = {}
-        for number, seq in enumerate(seqs):
-            seq._check_as_forks_committed(token_ids[number : number + 1])
-            page, offset = divmod(int(committed[number]), page_size)
-            if offset + 1 < page_size:
-                continue
-            first = published.setdefault(seq._page_view(page).item(0), number)
-            if token_ids[first] != token_ids[number]:
-                raise ValueError(
-                    f"token_ids must be equal for forks that share a page, got {token_ids[first]} at position {first} "
-                    f"and {token_ids[number]} at position {number}. Fork before the tokens are appended."
-                )
+    def _rows_now(self, seqs: list[Sequence]) -> Counts:
+        return self._rows if self._is_last_step_of(seqs) else self._rows_of(seqs)
+
+    def _is_last_step_of(self, seqs: list[Sequence]) -> bool:
+        """True when `seqs` are those of the last step, all of them open and on pages still."""
+        books = self._ledger.rows
+        if self._is_changing or seqs != self._seqs:
+            return False
+        return self._epoch == books.epoch or not np.count_nonzero(books.version[self._rows] != self._versions)
 
     @property
     def table_version(self) -> int:
@@ -119,23 +115,35 @@ class StepPlanner:
 
     def dense_table(self) -> torch.Tensor:
         """The dense form [S, M] int32 for the last step; see `StepBatch.dense_table`."""
-        with self._ledger.lock:
-            return self._table.dense(self._rows).to(self._ledger.device)
+        with self._ledger.budget.lock:
+            return self._table.dense(self._rows).to(self._device)
+
+    def csr_table(self, snapshot: RowSnapshot, lengths: Counts) -> BookedTable:
+        """The CSR form of the step that had this snapshot of the table and these lengths."""
+        with self._ledger.budget.lock:
+            indptr, indices = snapshot.read()
+        page_size, seq_lens = self._ledger.page_size, lengths.astype(np.int32)
+        last = snapshot.sizes * -page_size
+        last += seq_lens
+        last += page_size
+        return BookedTable(indptr, indices, last, seq_lens, page_size, self._max_page, self._device)
 
     def table_rows(self) -> Iterator[tuple[Sequence, PageArray]]:
         """The entries of the CSR form, of sequences that were not changed since the last step otherwise."""
         if self._is_changing:  # by a step that was interrupted
             return
         is_current = self._ledger.rows.version[self._rows] == self._versions
+        indptr, indices = self._table.snapshot.read()
         for number in np.flatnonzero(is_current).tolist():
-            start, stop = self._table.indptr[number : number + 2].tolist()
-            yield self._seqs[number], self._table.indices[start:stop]
+            start, stop = indptr[number : number + 2].tolist()
+            yield self._seqs[number], indices[start:stop]
 
     def _rows_of(self, seqs: list[Sequence]) -> Counts:
         self._check(seqs)
-        if len(set(map(id, seqs))) != len(seqs):
+        rows = [seq._row for seq in seqs]
+        if len(set(rows)) != len(rows):
             raise ValueError("seqs must be different sequences, got one twice. Fork it first.")
-        return np.fromiter((seq._row for seq in seqs), np.int64, len(seqs))
+        return np.array(rows, np.int64)
 
     def _follow(self, seqs: list[Sequence]) -> None:
         """Makes the table one of `seqs` as they are now, from the last one where it can."""
@@ -144,14 +152,16 @@ class StepPlanner:
             if self._epoch == rows.epoch:
                 return
             changed = rows.version[self._rows] != self._versions
-            if changed.any():
-                self._check([seqs[number] for number in np.flatnonzero(changed).tolist()])
-                self._table.replace(self._rows, changed)
+            if not np.count_nonzero(changed):
+                self._epoch = rows.epoch
+                return
+            self._check([seqs[number] for number in changed.nonzero()[0].tolist()])
+            self._table.replace(self._rows, changed)
         else:
             rows_of_seqs = self._rows_of(seqs)
             self._is_changing = True
             self._seqs, self._rows = list(seqs), rows_of_seqs
-            self._decode_indptr = torch.arange(len(seqs) + 1, dtype=torch.int32, device=self._ledger.device)
+            self._decode_indptr = torch.arange(len(seqs) + 1, dtype=torch.int32, device=self._device)
             self._table.replace(self._rows, None)
         self._versions = rows.version[self._rows]
         self._epoch = rows.epoch
@@ -161,10 +171,10 @@ class StepPlanner:
     def _read(self) -> None:
         """Reads again what is kept besides the table."""
         books, table, page_size = self._ledger.rows, self._table, self._ledger.page_size
-        self._lengths = books.num_tokens[self._rows].astype(np.int32)
+        self._lengths = books.num_tokens[self._rows]
         # Both mean nothing where the last page is full: the next token then begins a page.
-        self._room = (-self._lengths) % np.int32(page_size)
-        self._next_slots = (table.last_pages + 1) * page_size - self._room
+        self._room = -self._lengths % page_size
+        self._next_slots = (table.last_pages.astype(np.int64) + 1) * page_size - self._room
         self._may_copy = bool(table.locked_tails.any())
         self._has_new = bool(books.is_new[self._rows].any())
 
@@ -179,10 +189,10 @@ class StepPlanner:
 
     def _num_kept_free(self, num_new: npt.NDArray[Any]) -> int:
         ledger = self._ledger
-        if not ledger.num_kept_free or not self._has_new:
+        if not self._has_new or not ledger.budget.num_kept_free:
             return 0
         takes_first = ledger.rows.is_new[self._rows] & (num_new > 0)
-        return ledger.num_kept_free if takes_first.any() else 0
+        return ledger.budget.num_kept_free if takes_first.any() else 0
 
     def _to_copy(self) -> list[int]:
         """The sequences whose partly filled last page others have too; of those that share one, all but the last."""
@@ -195,7 +205,7 @@ class StepPlanner:
                 copied.append(number)
                 continue
             page = int(table.last_pages[number])
-            owners = num_left.get(page, ledger.allocator.num_owners(page) - ledger.copy_sources.get(page, 0))
+            owners = num_left.get(page, ledger.allocator.num_owners(page) - ledger.budget.copy_sources.get(page, 0))
             num_left[page] = owners - 1
             if owners > 1:
                 copied.append(number)
@@ -205,44 +215,39 @@ class StepPlanner:
         """Replaces the last pages of some sequences by copies, made in one call; frees `pages` when that fails."""
         copies = pages[: len(numbers)]
         try:
-            self._ledger.copy_pages(list(zip(self._table.last_pages[numbers].tolist(), copies.tolist(), strict=True)))
+            self._ledger.budget.copy_pages(
+                list(zip(self._table.last_pages[numbers].tolist(), copies.tolist(), strict=True))
+            )
         except BaseException:
             self._ledger.allocator.free(pages)
             raise
         for number, page in zip(numbers, copies, strict=True):
             self._seqs[number]._replace_last_page(page[None])
-        chosen = np.array(numbers)
-        self._table.replace_last(chosen, copies)
+        self._table.replace_last(self._rows, np.array(numbers), copies)
         self._read()
 
-    def _batch(self, num_tokens: int | Counts, grown: Counts) -> StepBatch:
-        """Counts the tokens, whose pages the table has; `next_slots` of grown rows are where their new pages begin."""
-        page_size, device = self._ledger.page_size, self._ledger.device
-        if isinstance(num_tokens, int) and num_tokens == 1:
-            slots = self._next_slots.copy()
-            self._room[grown] = page_size
-            self._room -= 1
-            self._next_slots += 1
-            self._lengths = self._lengths + 1
-            query_indptr = self._decode_indptr
-        else:
-            starts = self._lengths
-            self._lengths = (starts + num_tokens).astype(np.int32)
-            slots, query_indptr = self._packed(starts, num_tokens)
-        books, table = self._ledger.rows, self._table
+    def _batch(self, num_tokens: int | Counts) -> StepBatch:
+        """Counts the tokens, whose pages the table has."""
+        books = self._ledger.rows
+        is_decode = isinstance(num_tokens, int) and num_tokens == 1
+        starts = self._lengths
+        self._lengths = starts + num_tokens
         books.num_tokens[self._rows] = self._lengths
         if self._has_new:
             books.is_new[self._rows] = self._has_new = False
-        if query_indptr is not self._decode_indptr:
+        if is_decode:
+            slots, query_indptr = self._next_slots.copy(), self._decode_indptr
+            self._next_slots += 1
+            self._room -= 1
+        else:
+            slots, query_indptr = self._packed(starts, num_tokens)
             self._read()
-        last, max_page = page_size - self._room, self._ledger.allocator.num_pages - 1
-        csr = BookedTable(table.indptr, table.indices[:-1], last, self._lengths, page_size, max_page, device)
         slot_mapping = torch.from_numpy(slots)
-        if not self._ledger.is_on_cpu:
-            slot_mapping = slot_mapping.to(device)
-        return StepBatch(slot_mapping, query_indptr, csr, self, table.version)
+        if self._device.type != "cpu":
+            slot_mapping = slot_mapping.to(self._device)
+        return StepBatch(slot_mapping, query_indptr, self, self._table.snapshot, self._lengths)
 
-    def _packed(self, starts: npt.NDArray[np.int32], num_tokens: int | Counts) -> tuple[Counts, torch.Tensor]:
+    def _packed(self, starts: Counts, num_tokens: int | Counts) -> tuple[Counts, torch.Tensor]:
         """Slots of tokens [starts[i], lengths[i]) of each sequence, and where each begins among them."""
         page_size, heap = self._ledger.page_size, self._ledger.rows.pages
         counts = np.broadcast_to(np.int64(num_tokens), starts.shape)
@@ -253,4 +258,4 @@ class StepPlanner:
         slots = pages * np.int64(page_size) + positions % page_size
         indptr = np.zeros(counts.shape[0] + 1, np.int32)
         indptr[1:] = stops
-        return slots, torch.from_numpy(indptr).to(self._ledger.device)
+        return slots, torch.from_numpy(indptr).to(self._device)

@@ -7,16 +7,20 @@ import torch
 from ..errors import TierError
 from ..kernels.copy_pages import copy_pages
 from ..shapes import check_device, check_dtype, check_int
+from .hybrid_pool import HybridKVPool
 from .mla_pool import MLAPool
 from .pool import KVPool
 
 __all__ = ["HostPageStore"]
 
+_Pool = KVPool | HybridKVPool | MLAPool
+
 
 class HostPageStore:
     """Room for `num_pages` pages of a pool in main memory: where the pages of preempted sequences wait.
 
-    Owns:   a pool of the same spec on the CPU. A ticket is good until it is dropped.
+    Owns:   a pool of the same kind on the CPU. A ticket is good until it is dropped. Of a HybridKVPool it may be for
+            pages of any groups.
     Cost:   one copy of the bytes, of all layers at once where the pool's order allows. Copies are done when a call
             returns.
     Raises: TierError when there is no room, and nothing is kept of the call; ValueError, TypeError for wrong pages.
@@ -28,12 +32,12 @@ class HostPageStore:
     >>> store.drop(ticket)
     """
 
-    def __init__(self, pool: KVPool | MLAPool, num_pages: int) -> None:
+    def __init__(self, pool: _Pool, num_pages: int) -> None:
         check_int("num_pages", num_pages, minimum=1)
-        if not isinstance(pool, (KVPool, MLAPool)):
-            raise TypeError(f"pool must be a KVPool or an MLAPool, got {type(pool).__name__}.")
+        if not isinstance(pool, _Pool):
+            raise TypeError(f"pool must be a KVPool, a HybridKVPool or an MLAPool, got {type(pool).__name__}.")
         self._pool = pool
-        held = KVPool(pool.spec, num_pages) if isinstance(pool, KVPool) else MLAPool(pool.spec, num_pages)
+        held = _pool_like(pool, num_pages)
         self._pairs = list(zip(_pages_as_bytes(pool), _pages_as_bytes(held), strict=True))
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
@@ -97,7 +101,14 @@ class HostPageStore:
             raise ValueError(f"pages must be in {minimum}..{self._pool.num_pages - 1}, got {found}.")
 
 
-def _pages_as_bytes(pool: KVPool | MLAPool) -> list[torch.Tensor]:
+def _pool_like(pool: _Pool, num_pages: int) -> _Pool:
+    """A pool of `num_pages` pages of the same kind on the CPU."""
+    if isinstance(pool, HybridKVPool):
+        return HybridKVPool(pool.spec, pool.groups, num_pages)
+    return KVPool(pool.spec, num_pages) if isinstance(pool, KVPool) else MLAPool(pool.spec, num_pages)
+
+
+def _pages_as_bytes(pool: _Pool) -> list[torch.Tensor]:
     """All bytes of a pool in views [N, ..., bytes] whose first axis is the page."""
     if pool.spec.order == "page_first":
         views = [pool.buffer.view(pool.num_pages, -1)]

@@ -10,14 +10,14 @@ from ..kernels.cpu.huge_pages import advise_huge_pages
 from ..shapes import check_int
 from ..spec import KVCacheSpec, MLACacheSpec
 
-__all__ = ["PagePool"]
+__all__ = ["PageBuffer", "PagePool"]
 
 _Spec = TypeVar("_Spec", KVCacheSpec, MLACacheSpec)
 _Views = TypeVar("_Views")
 
 
-class PagePool(Generic[_Spec, _Views]):
-    """`num_pages` uninitialised pages of a spec, on large memory pages where the system gives them.
+class PageBuffer(Generic[_Spec, _Views]):
+    """`num_pages` uninitialised pages for the layers of a spec, on large memory pages where the system gives them.
 
     A kind of pool says which spec it is for, what lies where in the buffer, and, if that is not the spec's, the
     buffer's dtype.
@@ -33,7 +33,7 @@ class PagePool(Generic[_Spec, _Views]):
         check_int("num_pages", num_pages, minimum=1)
         self.spec: _Spec = spec
         self.num_pages = num_pages
-        num_elements = num_pages * (spec.bytes_per_page // spec.dtype.itemsize)
+        num_elements = num_pages * (self.bytes_per_page // spec.dtype.itemsize)
         # Outside inference mode, so that the pool can be written both inside and outside of it later.
         with torch.inference_mode(False):
             self.buffer = torch.empty(num_elements, dtype=self._buffer_dtype(), device=device)
@@ -64,9 +64,9 @@ class PagePool(Generic[_Spec, _Views]):
         return self.buffer.device
 
     @property
-    def page_size(self) -> int:
-        """Token slots a page."""
-        return self.spec.page_size
+    def bytes_per_page(self) -> int:
+        """Bytes of one page."""
+        return self.spec.bytes_per_page
 
     @property
     def num_bytes(self) -> int:
@@ -74,12 +74,28 @@ class PagePool(Generic[_Spec, _Views]):
         return self.buffer.numel() * self.buffer.element_size()
 
     def _layer(self, layer: int) -> _Views:
+        self._check_layer(layer)
+        return self._views[layer]
+
+    def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int) or isinstance(layer, bool):
             raise TypeError(f"layer must be an int, got {type(layer).__name__}.")
         if not 0 <= layer < len(self._views):
             raise ValueError(f"layer must be in 0..{len(self._views) - 1}, got {layer}.")
-        return self._views[layer]
+
+    def _contents(self) -> str:
+        """What the pages hold, in words."""
+        return str(self.spec)
 
     def __repr__(self) -> str:
-        size = f"{self.num_bytes / 2**20:.1f} MiB"
-        return f"{type(self).__name__}(num_pages={self.num_pages}, device={str(self.device)!r}, {size}, {self.spec})"
+        where = f"num_pages={self.num_pages}, device={str(self.device)!r}, {self.num_bytes / 2**20:.1f} MiB"
+        return f"{type(self).__name__}({where}, {self._contents()})"
+
+
+class PagePool(PageBuffer[_Spec, _Views]):
+    """A page holds `page_size` tokens of every layer."""
+
+    @property
+    def page_size(self) -> int:
+        """Token slots a page."""
+        return self.spec.page_size

@@ -12,39 +12,24 @@ from ..kernels.gather_kv import gather_kv
 from ..kernels.quantize import dequantize_kv
 from ..kernels.store_kv import store_kv
 from ..spec import KVCacheSpec
-from .page_pool import PagePool
+from .page_pool import PageBuffer, PagePool
 
-__all__ = ["KVPool"]
+__all__ = ["KVPageBuffer", "KVPool", "LayerPages", "layer_views"]
 
 
-class _LayerPages(NamedTuple):
+class LayerPages(NamedTuple):
+    """Pages of one layer, views of a pool's buffer, and their scales where its dtype has such."""
+
     key: torch.Tensor
     value: torch.Tensor
     key_scales: torch.Tensor | None
     value_scales: torch.Tensor | None
 
 
-class KVPool(PagePool[KVCacheSpec, _LayerPages]):
-    """Keys and values of `num_pages` pages over all layers, in one buffer.
-
-    Shapes: key_pages(layer) [N, P, Hk, D], value_pages(layer) [N, P, Hk, Dv] ("HND": [N, Hk, P, D]), views of `buffer`.
-            Order "layer_first" of a uniform spec is one tensor [2, L, N, P, Hk, D], "page_first" [N, L, 2, P, Hk, D].
-    Scales: int8 and float8_e4m3fn add key_scales(layer) and value_scales(layer), [N, Hk, P] float32. The buffer is then
-            bytes, and the scales lie before the pages: for "layer_first" before those of all pages, for "page_first" at
-            the start of each page, so that a page is still one run of bytes with all that it needs.
-    When:   pages start uninitialised; a slot holds something once it is stored to.
-    Owns:   `buffer`. Who may write which page is the manager's business, not the pool's.
-    Raises: ValueError, TypeError for a spec or a page count that cannot be.
-
-    >>> pool = KVPool(KVCacheSpec(num_layers=2, num_kv_heads=3, head_dim=64, dtype=torch.float32), num_pages=10)
-    >>> pool.key_pages(0).shape
-    torch.Size([10, 16, 3, 64])
-    """
+class KVPageBuffer(PageBuffer[KVCacheSpec, LayerPages]):
+    """Keys and values of each layer in pages: what all pools of them offer, whatever a page holds of which layer."""
 
     _spec_type = KVCacheSpec
-
-    def _layer_views(self) -> list[_LayerPages]:
-        return _layer_views(self.buffer, self.spec, self.num_pages)
 
     def _buffer_dtype(self) -> torch.dtype:
         # Scales and codes share a buffer of bytes.
@@ -98,14 +83,38 @@ class KVPool(PagePool[KVCacheSpec, _LayerPages]):
         return dequantize_kv(key, scales[0][..., 0]), dequantize_kv(value, scales[1][..., 0])
 
     def copy_pages(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copies page src[i] over page dst[i] in all layers; src, dst [n] int64; see `pagedkv.copy_pages`."""
+        """Copies page src[i] over page dst[i], all that it holds; src, dst [n] int64; see `pagedkv.copy_pages`."""
         for pages in self._pages_by_axis():
             copy_pages(pages, pages, src, dst)
 
     def _pages_by_axis(self) -> list[torch.Tensor]:
         """All bytes of the pool in views whose first axis is the page: as few as its order and its layers allow."""
+        return [self.buffer.view(self.num_pages, -1)]
+
+
+class KVPool(KVPageBuffer, PagePool[KVCacheSpec, LayerPages]):
+    """Keys and values of `num_pages` pages over all layers, in one buffer.
+
+    Shapes: key_pages(layer) [N, P, Hk, D], value_pages(layer) [N, P, Hk, Dv] ("HND": [N, Hk, P, D]), views of `buffer`.
+            Order "layer_first" of a uniform spec is one tensor [2, L, N, P, Hk, D], "page_first" [N, L, 2, P, Hk, D].
+    Scales: int8 and float8_e4m3fn add key_scales(layer) and value_scales(layer), [N, Hk, P] float32. The buffer is then
+            bytes, and the scales lie before the pages: for "layer_first" before those of all pages, for "page_first" at
+            the start of each page, so that a page is still one run of bytes with all that it needs.
+    When:   pages start uninitialised; a slot holds something once it is stored to.
+    Owns:   `buffer`. Who may write which page is the manager's business, not the pool's.
+    Raises: ValueError, TypeError for a spec or a page count that cannot be.
+
+    >>> pool = KVPool(KVCacheSpec(num_layers=2, num_kv_heads=3, head_dim=64, dtype=torch.float32), num_pages=10)
+    >>> pool.key_pages(0).shape
+    torch.Size([10, 16, 3, 64])
+    """
+
+    def _layer_views(self) -> list[LayerPages]:
+        return layer_views(self.buffer, self.spec, self.num_pages, self.bytes_per_page)
+
+    def _pages_by_axis(self) -> list[torch.Tensor]:
         if self.spec.order == "page_first":
-            return [self.buffer.view(self.num_pages, -1)]
+            return super()._pages_by_axis()
         if self.spec.is_uniform:
             first = self._views[0]
             return [self._all_layers(pages) for pages in (first.key, first.key_scales) if pages is not None]
@@ -121,7 +130,12 @@ class KVPool(PagePool[KVCacheSpec, _LayerPages]):
 _PairOfShapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> list[_LayerPages]:
+def layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int, bytes_per_page: int) -> list[LayerPages]:
+    """The views of each layer of `spec`, in a buffer of pages that take at least as many bytes as those of `spec`.
+
+    Bytes that are left over are the last of each page, in order "page_first".
+    """
+
     def inner(num_heads: int, dim: int) -> tuple[int, ...]:
         return (spec.page_size, num_heads, dim) if spec.layout == "NHD" else (num_heads, spec.page_size, dim)
 
@@ -129,18 +143,21 @@ def _layer_views(buffer: torch.Tensor, spec: KVCacheSpec, num_pages: int) -> lis
         (inner(heads, dim), inner(heads, value_dim)) for heads, dim, value_dim in spec.layers
     ]
     if not spec.has_scales:
-        return [_LayerPages(*pair, None, None) for pair in _key_value_views(buffer, spec, num_pages, page_shapes)]
+        pairs = _key_value_views(buffer, spec, num_pages, bytes_per_page, page_shapes)
+        return [LayerPages(*pair, None, None) for pair in pairs]
     scale_shapes: list[_PairOfShapes] = [((layer.num_kv_heads, spec.page_size),) * 2 for layer in spec.layers]
-    scales = _key_value_views(buffer.view(torch.float32), spec, num_pages, scale_shapes)
+    scales = _key_value_views(buffer.view(torch.float32), spec, num_pages, bytes_per_page, scale_shapes)
     num_scale_bytes = 4 * sum(math.prod(key) + math.prod(value) for key, value in scale_shapes)
-    pages = _key_value_views(buffer.view(spec.dtype), spec, num_pages, page_shapes, num_before=num_scale_bytes)
-    return [_LayerPages(*pair, *scale_pair) for pair, scale_pair in zip(pages, scales, strict=True)]
+    codes = buffer.view(spec.dtype)
+    pages = _key_value_views(codes, spec, num_pages, bytes_per_page, page_shapes, num_before=num_scale_bytes)
+    return [LayerPages(*pair, *scale_pair) for pair, scale_pair in zip(pages, scales, strict=True)]
 
 
 def _key_value_views(
     buffer: torch.Tensor,
     spec: KVCacheSpec,
     num_pages: int,
+    bytes_per_page: int,
     shapes: list[_PairOfShapes],
     num_before: int = 0,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -149,7 +166,7 @@ def _key_value_views(
     One rule gives both orders: a view is an offset and a page stride.
     """
     key_sizes, value_sizes = [math.prod(key) for key, _ in shapes], [math.prod(value) for _, value in shapes]
-    page_elements = spec.bytes_per_page // buffer.element_size()
+    page_elements = bytes_per_page // buffer.element_size()
     views = []
     for index, (key_shape, value_shape) in enumerate(shapes):
         keys_before, values_before = sum(key_sizes[:index]), sum(value_sizes[:index])

@@ -7,11 +7,12 @@ from .cache import PagedCache
 from .errors import UnsupportedModelError
 from .geometry import LayerInfo, ModelGeometry, check_model
 from .model import PagedModel
-from .step import PagedStep
+from .step import HybridPagedStep, PagedStep
 from .tile_step import TileStep
 
 __all__ = [
     "ATTENTION_NAME",
+    "HybridPagedStep",
     "LayerInfo",
     "ModelGeometry",
     "PagedCache",

@@ -44,6 +44,15 @@ class ModelGeometry:
     max_positions: int | None
     dtype: torch.dtype
 
+    @property
+    def windows(self) -> list[int | None]:
+        """How many tokens are seen of the keys that each layer stores, by the layer that sees most; None for all."""
+        windows: list[int | None] = [1] * (max(self.layers) + 1)
+        for layer in self.layers.values():
+            seen = windows[layer.stored_in]
+            windows[layer.stored_in] = None if seen is None or layer.window is None else max(seen, layer.window)
+        return windows
+
     def spec(self, page_size: int = 16, dtype: torch.dtype | None = None, **options: Any) -> KVCacheSpec:
         """The cache the model needs: pages of all storing layers, in the model's dtype when none is given."""
         num_layers = max(self.layers) + 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,27 +11,28 @@ from ...attention.plan import plan_attention
 from ...kernels.attention_plan import AttentionPlan
 from ...kernels.paged_attention import paged_attention
 from ...shapes import check_dtype
+from ...storage.hybrid_pool import HybridKVPool
 from ...storage.page_table import PageTable
 from ...storage.pool import KVPool
 from .attention import AttentionCall
 from .geometry import ModelGeometry
 from .storable import as_storable
 
-__all__ = ["PagedStep"]
+__all__ = ["HybridPagedStep", "PagedStep"]
 
-_PlanKey = tuple[int, int, int, int, int]
+_PlanKey = tuple[int, int, int, int, int, int]
 
 
-class PagedStep:
-    """One forward pass over the new tokens of S sequences, packed as [1, T]; serves as cache and as attention context.
+class _Pages(NamedTuple):
+    """Where one group of layers has the tokens of the step."""
 
-    Shapes: query_indptr [S + 1] int32, new tokens of each sequence; table: pages of all their tokens, the new ones
-            included; slot_mapping [T] int64, by default the slots of each sequence's last tokens.
-    When:   after the slots are reserved. One step serves one forward pass; what it planned is shared by all its layers.
-    Owns:   writes the named slots of `pool` while the model runs, layer by layer, and nothing else.
-    Raises: ValueError, TypeError for tensors that do not fit each other, and for a table that names pages the pool has
-            not, before anything is written.
-    """
+    number: int
+    table: PageTable
+    slot_mapping: torch.Tensor
+
+
+class _Step:
+    """What steps over one page table and over several have in common."""
 
     # What transformers asks of a cache besides update().
     is_compileable = False
@@ -38,39 +40,36 @@ class PagedStep:
 
     def __init__(
         self,
-        pool: KVPool,
+        pool: KVPool | HybridKVPool,
         geometry: ModelGeometry,
-        table: PageTable,
+        groups: list[_Pages],
+        pages_of: Callable[[int], _Pages],
         query_indptr: torch.Tensor,
-        slot_mapping: torch.Tensor | None = None,
-        *,
-        backend: str = "auto",
+        backend: str,
     ) -> None:
-        if table.page_size != pool.page_size:
-            raise ValueError(f"table must have page_size {pool.page_size} (set by the pool), got {table.page_size}.")
-        if table.max_page >= pool.num_pages:
-            raise ValueError(f"page ids of the table must be below {pool.num_pages} (the pool), got {table.max_page}.")
-        if slot_mapping is None:
-            slot_mapping = table.slot_mapping(query_indptr)
-        check_dtype("slot_mapping", slot_mapping, torch.int64)
         self.pool = pool
         self.geometry = geometry
-        self.table = table
         self.query_indptr = query_indptr
-        self.slot_mapping = slot_mapping
-        self.position_ids = _positions(table, query_indptr)
-        if slot_mapping.shape != self.position_ids.shape:
-            raise ValueError(
-                f"slot_mapping must have shape [T] with T = {self.position_ids.shape[0]} (set by query_indptr), "
-                f"got {list(slot_mapping.shape)}."
-            )
+        self.position_ids = _positions(groups[0].table, query_indptr)
+        for _, table, slot_mapping in groups:
+            if table.max_page >= pool.num_pages:
+                raise ValueError(
+                    f"page ids of the table must be below {pool.num_pages} (the pool), got {table.max_page}."
+                )
+            check_dtype("slot_mapping", slot_mapping, torch.int64)
+            if slot_mapping.shape != self.position_ids.shape:
+                raise ValueError(
+                    f"slot_mapping must have shape [T] with T = {self.position_ids.shape[0]} (set by query_indptr), "
+                    f"got {list(slot_mapping.shape)}."
+                )
+        self._pages_of = pages_of
         self._backend = backend
         self._plans: dict[_PlanKey, AttentionPlan] = {}
 
     @property
     def num_tokens(self) -> int:
         """T, the new tokens of all sequences."""
-        return int(self.slot_mapping.shape[0])
+        return int(self.position_ids.shape[0])
 
     @property
     def num_plans(self) -> int:
@@ -89,7 +88,7 @@ class PagedStep:
         Attention reads the pool: it sees new tokens as it will see them in later steps, rounded or quantised.
         """
         stored_key, stored_value = (as_storable(_packed(states), self.pool.spec) for states in (key, value))
-        self.pool.store(layer_idx, stored_key, stored_value, self.slot_mapping)
+        self.pool.store(layer_idx, stored_key, stored_value, self._pages_of(layer_idx).slot_mapping)
         return key, value
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -99,7 +98,8 @@ class PagedStep:
             raise ValueError(f"layer {call.layer_idx} must be one of the model that was checked, got another.")
         arguments = call.arguments
         window = layer.window if arguments.window is None else arguments.window
-        plan = self._plan(call.query.shape[1], layer.num_kv_heads, layer.head_dim, layer.value_dim, window)
+        pages = self._pages_of(layer.stored_in)
+        plan = self._plan(pages, call.query.shape[1], layer.num_kv_heads, layer.head_dim, layer.value_dim, window)
         out = paged_attention(
             _packed(call.query),
             self.pool.key_pages(layer.stored_in),
@@ -127,15 +127,15 @@ class PagedStep:
         return query_length, 0
 
     def _plan(
-        self, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, window: int | None
+        self, pages: _Pages, num_q_heads: int, num_kv_heads: int, head_dim: int, value_dim: int, window: int | None
     ) -> AttentionPlan:
         window_left = -1 if window is None else window - 1
-        key = num_q_heads, num_kv_heads, head_dim, value_dim, window_left
+        key = pages.number, num_q_heads, num_kv_heads, head_dim, value_dim, window_left
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = plan_attention(
                 self.query_indptr,
-                self.table,
+                pages.table,
                 num_q_heads=num_q_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
@@ -143,6 +143,68 @@ class PagedStep:
                 window_left=window_left,
             )
         return plan
+
+
+class PagedStep(_Step):
+    """One forward pass over the new tokens of S sequences, packed as [1, T]; serves as cache and as attention context.
+
+    Shapes: query_indptr [S + 1] int32, new tokens of each sequence; table: pages of all their tokens, the new ones
+            included; slot_mapping [T] int64, by default the slots of each sequence's last tokens.
+    When:   after the slots are reserved. One step serves one forward pass; what it planned is shared by all its layers.
+    Owns:   writes the named slots of `pool` while the model runs, layer by layer, and nothing else.
+    Raises: ValueError, TypeError for tensors that do not fit each other, and for a table that names pages the pool has
+            not, before anything is written.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        geometry: ModelGeometry,
+        table: PageTable,
+        query_indptr: torch.Tensor,
+        slot_mapping: torch.Tensor | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        if table.page_size != pool.page_size:
+            raise ValueError(f"table must have page_size {pool.page_size} (set by the pool), got {table.page_size}.")
+        slots = table.slot_mapping(query_indptr) if slot_mapping is None else slot_mapping
+        pages = _Pages(0, table, slots)
+        super().__init__(pool, geometry, [pages], lambda layer: pages, query_indptr, backend)
+        self.table = table
+        self.slot_mapping = slots
+
+
+class HybridPagedStep(_Step):
+    """The same over a HybridKVPool: a page table, and slots, for each group of its layers.
+
+    tables, slot_mappings: one a group of `pool.groups`, in order, all over the same tokens.
+    """
+
+    def __init__(
+        self,
+        pool: HybridKVPool,
+        geometry: ModelGeometry,
+        tables: Sequence[PageTable],
+        query_indptr: torch.Tensor,
+        slot_mappings: Sequence[torch.Tensor] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        slots = [table.slot_mapping(query_indptr) for table in tables] if slot_mappings is None else slot_mappings
+        for name, given in (("tables", tables), ("slot_mappings", slots)):
+            if len(given) != len(pool.groups):
+                raise ValueError(f"{name} must be {len(pool.groups)}, one a group of the pool, got {len(given)}.")
+        for number, (group, table) in enumerate(zip(pool.groups, tables, strict=True)):
+            if table.page_size != group.page_size:
+                raise ValueError(
+                    f"tables[{number}] must have page_size {group.page_size} (set by the pool), got {table.page_size}."
+                )
+            if not torch.equal(table.seq_lens, tables[0].seq_lens):
+                raise ValueError(f"tables[{number}] must have the lengths of tables[0], got others.")
+        groups = [_Pages(number, *pair) for number, pair in enumerate(zip(tables, slots, strict=True))]
+        pages_of = {layer: pages for pages, group in zip(groups, pool.groups, strict=True) for layer in group.layers}
+        super().__init__(pool, geometry, groups, pages_of.__getitem__, query_indptr, backend)
 
 
 def _packed(states: torch.Tensor) -> torch.Tensor:

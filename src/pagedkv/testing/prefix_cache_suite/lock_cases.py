@@ -103,6 +103,27 @@ def _a_lock_protects_nothing_behind_it(world: World) -> None:
     equal("pages evicted", sorted(cache.evict(5).tolist()), [1, 2])
 
 
+def _a_locked_handle_outlives_what_others_put_behind_it(world: World) -> None:
+    cache = world.cache()
+    handle = world.insert(cache, "ab", [0, 1]).handle
+    cache.lock(handle)
+    # Somebody else finds the prefix, does not lock it, and goes on from there.
+    world.extend(cache, world.handle(cache, "ab"), "cd", [2, 3])
+    for word in ("aby", "ax", "abcz"):
+        pages = [10 * len(word) + number for number in range(len(word))]
+        world.insert(cache, word, pages)
+        equal("its tokens", cache.locked_tokens(handle, 0).tolist(), world.ids("ab").tolist())
+        start = cache.ancestor(handle, world.page_size)
+        equal("tokens of its ancestor", cache.locked_tokens(start, 0).tolist(), world.ids("a").tolist())
+    equal("num_cached of an extension", world.extend(cache, handle, "cd", [50, 51]).num_cached, world.num_tokens("cd"))
+    world.extend(cache, handle, "e", [60])
+    equal("pages of 'abe'", world.found(cache, "abe"), [0, 1, 60])
+    cache.unlock(handle)
+    with refused("handle must be locked"):
+        cache.unlock(handle)
+    equal("pages not evictable", cache.num_cached_pages - cache.num_evictable_pages, 0)
+
+
 def _unlocking_more_often_than_locking_is_refused(world: World) -> None:
     cache = world.filled()
     deep, shallow = world.handle(cache, "abc"), world.handle(cache, "a")
@@ -258,6 +279,7 @@ LOCK_CHECKS: list[Check] = [
     _counts_of_locks_survive_splits,
     _handle_taken_before_a_split_can_still_be_used,
     _a_lock_protects_nothing_behind_it,
+    _a_locked_handle_outlives_what_others_put_behind_it,
     _unlocking_more_often_than_locking_is_refused,
     _handle_of_what_was_evicted_is_refused,
     _handle_of_what_was_reset_is_refused,

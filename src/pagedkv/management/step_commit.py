@@ -1,0 +1,75 @@
+"""Names the tokens that a step of decoding has sampled: of all sequences in a few numpy calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .ledger import PageLedger
+from .sequence import Sequence
+
+__all__ = ["check_commit", "commit"]
+
+Counts = npt.NDArray[np.int64]
+
+
+def commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: npt.NDArray[Any]) -> None:
+    """Names one reserved token of each sequence, whose rows of the books are `rows`; publishes where that fills a page.
+
+    Raises: what `check_commit` raises. What a cache raises: committed are then those whose pages it had taken, and no
+            others.
+    """
+    check_commit(ledger, seqs, rows, token_ids)
+    books, page_size = ledger.rows, ledger.page_size
+    books.append_token_each(rows, token_ids)
+    committed = books.tokens.size[rows]
+    full = (committed % page_size == 0).nonzero()[0].tolist()
+    num_published = 0
+    try:
+        for number in full:
+            seqs[number]._publish_full_pages()
+            num_published += 1
+    except Exception:
+        books.tokens.size[np.delete(rows, full[:num_published])] -= 1
+        raise
+    windows = books.window[rows]
+    if np.count_nonzero(windows):
+        has_left = (windows > 0) & ((committed - windows + 1) // page_size > books.first_page[rows])
+        for number in has_left.nonzero()[0].tolist():
+            seqs[number]._give_back_behind_window()
+
+
+def check_commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: npt.NDArray[Any]) -> None:
+    """Refuses a sequence without a reserved token, and forks that name different tokens for a page: ValueError."""
+    books = ledger.rows
+    committed = books.tokens.size[rows]
+    has_none = committed >= books.num_tokens[rows]
+    if np.count_nonzero(has_none):
+        raise ValueError(
+            "seqs must have a reserved token without an id each, got none "
+            f"at position {int(has_none.argmax())}. Append first."
+        )
+    if ledger.allocator.num_extra_owners or np.count_nonzero(books.lock_tokens[rows] > committed):
+        # Forks of one another: what one publishes the others must agree with.
+        _check_forks_agree(ledger, seqs, committed, token_ids)
+
+
+def _check_forks_agree(
+    ledger: PageLedger, seqs: list[Sequence], committed: Counts, token_ids: npt.NDArray[Any]
+) -> None:
+    """Refuses other ids than forks have published for the same pages, or would publish here."""
+    page_size = ledger.page_size
+    published: dict[int, int] = {}
+    for number, seq in enumerate(seqs):
+        seq._check_as_forks_committed(token_ids[number : number + 1])
+        page, offset = divmod(int(committed[number]), page_size)
+        if offset + 1 < page_size:
+            continue
+        first = published.setdefault(seq._page_view(page).item(0), number)
+        if token_ids[first] != token_ids[number]:
+            raise ValueError(
+                f"token_ids must be equal for forks that share a page, got {token_ids[first]} at position {first} "
+                f"and {token_ids[number]} at position {number}. Fork before the tokens are appended."
+            )
