@@ -173,7 +173,6 @@ class KVCacheManager:
         """
         check_priority(priority)
         ids = as_token_array("token_ids", token_ids)
-        namespace_key(namespace)
         check_window(window)
         if self._window is not None and window not in (None, self._window):
             raise ValueError(f"window must be {self._window} (the manager's), got {window}. Leave it out.")
@@ -192,6 +191,8 @@ class KVCacheManager:
         """A live sequence of what the cache has of `ids`, with room for as many tokens as are expected."""
         ledger = self._ledger
         cache, _ = ledger.cache_of(namespace)
+        if cache is None:
+            namespace_key(namespace)  # the cache looks at it otherwise
         num_found, pages, handle = ledger.look_up(cache, ids, namespace)
         try:
             seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, num_expected)

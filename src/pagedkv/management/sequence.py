@@ -42,7 +42,6 @@ import torch
 
 from ..shapes import check_int
 from .allocator import PageArray
-from .ledger import PageLedger
 from .prefix_cache import CacheHandle, Namespace, PrefixCache
 from .sequence_away import SequenceAway, SequenceState
 from .token_ids import TokenIds, as_token_array
@@ -65,28 +64,6 @@ class Sequence(SequenceAway):
     >>> manager.open([1, 2, 3, 4, 9]).num_cached_tokens
     4
     """
-
-    def __init__(
-        self,
-        ledger: PageLedger,
-        namespace: Namespace,
-        tokens: npt.NDArray[Any],
-        pages: PageArray,
-        handle: CacheHandle | None,
-        window: int | None = None,
-        num_expected: int = 0,
-    ) -> None:
-        """For the manager, which puts it among the live ones: what `handle` names is locked and pages beyond it are
-        retained; this sequence gives both back.
-
-        num_expected: tokens to make room for.
-        """
-        super().__init__(ledger, namespace, tokens, pages, handle, window, num_expected)
-        num_tokens = int(tokens.shape[0])
-        self._rows.num_tokens[self._row] = num_tokens
-        self._rows.published[self._row] = num_tokens
-        self._is_closing = False
-        self._counts_at_end = (0, 0)
 
     @property
     def num_tokens(self) -> int:
@@ -259,7 +236,10 @@ class Sequence(SequenceAway):
             self._drop_ticket()
             self._counts_at_end = self._num_tokens, self._num_committed
             if self._state == "on pages":
-                self._give_back_all(self._publish_behind_duplicates())
+                own = self._publish_behind_duplicates()
+                self._move_lock(None)
+                if own.shape[0]:
+                    self._budget.allocator.release_distinct(own)
         except Exception:
             self._is_closing = False
             raise

@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 
 from .allocator import PageArray
-from .ledger import PageLedger
-from .prefix_cache import CacheHandle, Namespace
 from .sequence_prefix import SequencePrefix
 from .swap_tier import SwapTier
 
@@ -26,20 +24,9 @@ class SequenceAway(SequencePrefix):
              window had given back when it went away.
     """
 
-    def __init__(
-        self,
-        ledger: PageLedger,
-        namespace: Namespace,
-        tokens: npt.NDArray[Any],
-        pages: PageArray,
-        handle: CacheHandle | None,
-        window: int | None,
-        num_expected: int,
-    ) -> None:
-        super().__init__(ledger, namespace, tokens, pages, handle, window, num_expected)
-        self._state: SequenceState = "on pages"
-        self._ticket: tuple[SwapTier, Any] | None = None
-        self._num_pages_behind = 0
+    _state: SequenceState = "on pages"
+    _ticket: tuple[SwapTier, Any] | None = None
+    _num_pages_behind = 0
 
     def _swap_out(self, tier: SwapTier) -> None:
         """Saves all pages and gives them back. What the tier raises leaves everything as it was."""

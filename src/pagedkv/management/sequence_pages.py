@@ -24,6 +24,10 @@ class SequencePages:
     Owns: a count of each page it names from the end of its lock on. Pages under the lock are the prefix cache's.
     """
 
+    _priority = 0
+    _is_closing = False
+    _counts_at_end = (0, 0)
+
     def __init__(
         self,
         ledger: PageLedger,
@@ -31,23 +35,27 @@ class SequencePages:
         tokens: npt.NDArray[Any],
         pages: PageArray,
         handle: CacheHandle | None,
-        window: int | None,
-        num_expected: int,
+        window: int | None = None,
+        num_expected: int = 0,
     ) -> None:
-        """`handle` is locked; pages beyond it are retained. num_expected: tokens to make room for."""
+        """For the manager, which puts it among the live ones: what `handle` names is locked and pages beyond it are
+        retained; this sequence gives both back.
+
+        num_expected: tokens to make room for.
+        """
+        rows, num_tokens = ledger.rows, int(tokens.shape[0])
         self._ledger = ledger
         self._budget = ledger.budget
-        self._rows = ledger.rows
+        self._rows = rows
         self._namespace = namespace
         self._cache, self._max_cached_pages = ledger.cache_of(namespace)
         self._window = window
-        self._row = self._rows.add(tokens, pages, num_expected, -(-num_expected // ledger.page_size))
+        self._num_cached_tokens = num_tokens
+        self._row = row = rows.add(tokens, pages, num_expected, -(-num_expected // ledger.page_size))
+        rows.num_tokens[row] = rows.published[row] = num_tokens
         if window is not None:
-            self._rows.window[self._row] = window
-            self._rows.first_page[self._row] = np.count_nonzero(pages < 0)
-        self._priority = 0
-        self._num_cached_tokens = int(tokens.shape[0])
-        self._handle: CacheHandle | None = None
+            rows.window[row] = window
+            rows.first_page[row] = np.count_nonzero(pages < 0)
         self._set_handle(handle)
 
     @property

@@ -132,8 +132,9 @@ class SequencePrefix(SequencePages):
         start, stop = rows.lock_tokens.item(self._row), rows.published.item(self._row)
         if cache is None or stop <= start or rows.first_page.item(self._row):
             return self._own_pages()
+        allocator = self._budget.allocator
         # A page that a fork names stays unpublished: the fork does not lock it, and publishes it itself.
-        if (self._budget.allocator.owner_counts_of(self._own_pages(stop // page_size)) > 1).any():
+        if allocator.num_extra_owners and (allocator.owner_counts_of(self._own_pages(stop // page_size)) > 1).any():
             return self._own_pages()
         if self._max_cached_pages is not None:
             _, stop = self._room_in_cache(cache, stop)
