@@ -21,8 +21,8 @@ STRIDE = int(os.environ.get("PAGEDKV_INTERRUPT_STRIDE", "7"))
 class Interrupter:
     """Raises KeyboardInterrupt before the n-th bytecode that the management runs in the block."""
 
-    def __init__(self, number, files=None):
-        self.number, self.files, self.has_struck = number, files, False
+    def __init__(self, number, only=None):
+        self.number, self.only, self.has_struck = number, only, False
 
     def __enter__(self):
         self.previous = sys.gettrace()
@@ -33,7 +33,8 @@ class Interrupter:
 
     def _trace(self, frame, event, _):
         name = frame.f_code.co_filename
-        if self.has_struck or not name.startswith(str(FILES)) or (name in NOT_INTERRUPTED) is not bool(self.files):
+        is_meant = name == self.only if self.only else name.startswith(str(FILES)) and name not in NOT_INTERRUPTED
+        if self.has_struck or not is_meant:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
@@ -192,7 +193,7 @@ def test_settling_can_be_interrupted_too():
         except KeyboardInterrupt:
             pass
         assert world.manager._budget.is_torn
-        interrupter = Interrupter(number, files="settle.py")
+        interrupter = Interrupter(number, only=str(FILES / "settle.py"))
         try:
             with interrupter:
                 world.manager.stats()

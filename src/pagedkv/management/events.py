@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -16,7 +16,7 @@ from .token_ids import TokenArray
 if TYPE_CHECKING:
     from .prefix_cache import PrefixCache
 
-__all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "CacheEvent", "EventLog"]
+__all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "CacheEvent", "EventLog", "take_events"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,20 @@ class EventLog:
         if self._num_pending + size > self._max_pending:
             self.resync()
         return not self._is_behind and size <= self._max_pending
+
+
+def take_events(caches: Iterable[PrefixCache]) -> list[CacheEvent]:
+    """The events of several caches for one reader. When one of them starts over, which the reader cannot tell from all
+    of them, all do.
+    """
+    logs = [cache.events for cache in caches if cache.events is not None]
+    taken = [log.take() for log in logs]
+    if len(logs) > 1 and any(isinstance(event, AllBlocksCleared) for events in taken for event in events):
+        for log in logs:
+            log.resync()
+        told = [event for log in logs for event in log.take() if not isinstance(event, AllBlocksCleared)]
+        return [AllBlocksCleared(), *told]
+    return [event for events in taken for event in events]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "MRUPolicy",
     "PriorityPolicy",
     "SLRUPolicy",
+    "as_rank",
     "eviction_policies",
+    "is_ours",
     "make_eviction_policy",
     "register_eviction_policy",
 ]
@@ -161,9 +164,19 @@ def make_eviction_policy(eviction: str | EvictionPolicy) -> EvictionPolicy:
             names = " or ".join(map(repr, eviction_policies()))
             raise ValueError(f"eviction must be {names} or a policy, got {eviction!r}.")
         return _POLICIES[eviction]()
-    if not callable(getattr(eviction, "priority", None)):
+    if isinstance(eviction, type) or not callable(getattr(eviction, "priority", None)):
         raise TypeError(f"eviction must be a name or have a method priority(run), got {type(eviction).__name__}.")
     return eviction
+
+
+def is_ours(policy: EvictionPolicy) -> bool:
+    """True for a policy of this package, whose ranks need no look."""
+    return type(policy).__module__.startswith(f"{__package__}.")
+
+
+def as_rank(priority: Iterable[float]) -> tuple[float, ...]:
+    """What a policy answered as numbers that can be put in order; NaN comes before all."""
+    return tuple(-math.inf if math.isnan(number) else number for number in map(float, priority))
 
 
 class _Queued(CachedRun, Protocol):
@@ -187,6 +200,7 @@ class EvictionQueue(Generic[Run]):
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
+        self._is_ours = is_ours(policy)
         # The rank, the serial number, a number that no two entries share, and the run.
         self._heap: list[tuple[tuple[float, ...], int, int, Run]] = []
         self._num_live = 0
@@ -198,11 +212,24 @@ class EvictionQueue(Generic[Run]):
             self._withdraw(run)
             return
         try:
-            priority = self.policy.priority(run)
+            priority = self._rank(run)
         except Exception:  # noqa: BLE001
             # The least rank there is: `first` asks again.
             priority = ()
         self._put(run, priority)
+
+    def offer_lower(self, run: Run) -> None:
+        """The same for a run that may have a lower rank than when it was offered; a higher one is found by `first`."""
+        try:
+            is_lower = run.queued_serial is not None and self._rank(run) < run.queued_priority
+        except Exception:  # noqa: BLE001
+            is_lower = True
+        if is_lower:
+            self.offer(run)
+
+    def _rank(self, run: Run) -> tuple[float, ...]:
+        priority = self.policy.priority(run)
+        return priority if self._is_ours else as_rank(priority)
 
     def _put(self, run: Run, priority: tuple[float, ...]) -> None:
         if run.queued_serial is None:
@@ -222,19 +249,24 @@ class EvictionQueue(Generic[Run]):
     def first(self) -> Run | None:
         """The evictable run of least rank, or None. Looks again at runs that changed and were not offered since.
 
-        What the policy raises comes out; nothing has changed then.
+        What the policy raises comes out; nothing has changed then. A run is asked for once: a policy may have another
+        answer each time.
         """
+        asked: set[int] = set()
         while self._heap:
             entry = self._heap[0]
-            run = entry[3]
+            run, serial = entry[3], entry[1]
             if not self._is_live(entry):
                 heapq.heappop(self._heap)
             elif not run.is_evictable:
                 self._withdraw(run)
+            elif serial in asked:
+                return run
             else:
-                priority = self.policy.priority(run)
+                priority = self._rank(run)
                 if priority == entry[0]:
                     return run
+                asked.add(serial)
                 self._put(run, priority)
         return None
 

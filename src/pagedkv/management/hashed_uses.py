@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .eviction import EvictionPolicy, FIFOPolicy, FILOPolicy, LFUPolicy, LRUPolicy, SLRUPolicy
+from .eviction import EvictionPolicy, FIFOPolicy, FILOPolicy, LFUPolicy, LRUPolicy, SLRUPolicy, as_rank, is_ours
 from .hashed_ghosts import GhostBooks
 from .hashed_page import WindowPage
 from .page_hash import PageHash
@@ -20,10 +20,12 @@ class LastPagesFirst:
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
+        self._is_ours = is_ours(policy)
 
     def priority(self, run: Any) -> tuple[float, ...]:
         """The rank by the other policy, then by position."""
-        return self.policy.priority(run) + (-run.position,)  # noqa: RUF005 (a quarter faster)
+        rank = self.policy.priority(run)
+        return (rank if self._is_ours else as_rank(rank)) + (-run.position,)
 
 
 class WindowUses(GhostBooks):
@@ -42,12 +44,9 @@ class WindowUses(GhostBooks):
             page.last_access = time
             page.num_hits += num_hits
         if not self._is_plain_policy:
-            rank = self._queue.policy.priority
             for page in pages:
                 page.priority = max(page.priority, priority)
-                # A rank that has grown is looked at again when the page comes up.
-                if page.queued_serial is not None and rank(page) < page.queued_priority:
-                    self._queue.offer(page)
+                self._queue.offer_lower(page)
 
     def _offer_later(self, pages: list[WindowPage]) -> None:
         self._to_offer += pages

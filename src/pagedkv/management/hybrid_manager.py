@@ -13,6 +13,7 @@ import torch
 from ..shapes import check_int
 from ..storage import PageTable
 from .draw import draw
+from .events import CacheEvent, take_events
 from .eviction import EvictionPolicy
 from .hybrid_sequence import HybridSequence
 from .hybrid_step import HybridStepBatch, commit_step, reserve_step, step_needs
@@ -29,7 +30,7 @@ from .radix_tree import check_priority
 from .stats import ManagerStats, count_pages
 from .swap_tier import SwapTier
 from .token_ids import TokenIds, as_token_array
-from .whole_call import whole_call
+from .whole_call import reading_call, whole_call, within
 
 __all__ = ["HybridKVCacheManager", "PageGroup"]
 
@@ -162,7 +163,7 @@ class HybridKVCacheManager:
                 num_agreed += 1
         return num_found
 
-    @whole_call
+    @reading_call
     def can_append(self, num_tokens: int) -> bool:
         """True when a new sequence that finds nothing in the cache could append `num_tokens` now."""
         check_int("num_tokens", num_tokens, minimum=1)
@@ -197,11 +198,13 @@ class HybridKVCacheManager:
     def _commit(self, rows: list[HybridSequence], ids: npt.NDArray[Any]) -> None:
         commit_step([manager._planner for manager in self.managers], self._parts(rows, "commit"), ids)
 
-    @whole_call
+    @reading_call
     def page_tables(self, seqs: Iterable[HybridSequence]) -> tuple[PageTable, ...]:
         """The page table of a batch in each group, reserved tokens included, on the pool's device."""
         parts = self._parts(list(seqs), "page_tables")
-        return tuple(manager.page_table(own) for manager, own in zip(self.managers, parts, strict=True))
+        return tuple(
+            within(KVCacheManager.page_table, manager, own) for manager, own in zip(self.managers, parts, strict=True)
+        )
 
     @whole_call
     def reorder(self, beams: Iterable[HybridSequence], parents: TokenIds) -> list[HybridSequence]:
@@ -209,19 +212,22 @@ class HybridKVCacheManager:
         rows = list(beams)
         chosen = checked_parents(len(rows), parents)
         orders = [
-            manager.reorder(own, chosen)
+            within(KVCacheManager.reorder, manager, own, chosen)
             for manager, own in zip(self.managers, self._parts(rows, "reorder"), strict=True)
         ]
         known = {id(row.parts[0]): row for row in rows}
         return [known.get(id(parts[0])) or HybridSequence(parts) for parts in zip(*orders, strict=True)]
 
-    @whole_call
     def pin(self, token_ids: TokenIds, namespace: Namespace = None) -> tuple[PinnedPrefix, ...]:
         """Keeps what all groups have cached of `token_ids` now from being evicted: a pin a group, to be unpinned."""
         ids = as_token_array("token_ids", token_ids)
         namespace_key(namespace)
+        return self._pin(ids, namespace)
+
+    @whole_call
+    def _pin(self, ids: npt.NDArray[Any], namespace: Namespace) -> tuple[PinnedPrefix, ...]:
         known = ids[: self._num_found(ids, namespace)]
-        return tuple(manager.pin(known, namespace) for manager in self.managers)
+        return tuple(within(KVCacheManager._pin, manager, known, namespace) for manager in self.managers)
 
     @whole_call
     def swap_out(self, seq: HybridSequence, tier: SwapTier | None = None) -> None:
@@ -258,17 +264,26 @@ class HybridKVCacheManager:
     @whole_call
     def take_copies(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pages that were copied on write since the last call, of all groups; see `KVCacheManager.take_copies`."""
-        return self.managers[0].take_copies()
+        return within(KVCacheManager.take_copies, self.managers[0])
 
     @whole_call
     def evict(self, num_pages: int | None = None) -> int:
         """Takes up to `num_pages` pages that prefix caches alone hold from them; see `KVCacheManager.evict`."""
-        return self.managers[0].evict(num_pages)
+        return within(KVCacheManager.evict, self.managers[0], num_pages)
 
-    @whole_call
+    @reading_call
     def stats(self) -> ManagerStats:
         """The state of all groups together; see `ManagerStats`."""
         return count_pages(self._budget)
+
+    @whole_call
+    def take_events(self) -> list[CacheEvent]:
+        """What the prefix caches of all groups stored and removed since the last call; see docs/kv_events.md."""
+        return take_events(self._budget.caches)
+
+    @whole_call
+    def settle(self) -> None:
+        """Makes the books agree after an interrupt, as every call does before its own work."""
 
     def draw(self, *, form: str = "text", width: int | None = None, color: bool = False, tree: bool = True) -> str:
         """A picture of who owns which page, "text" or "svg"; sequences appear once for each group."""
@@ -319,9 +334,10 @@ def _pool_and_groups(
         if groups is not None:
             raise ValueError("groups must be left out with a pool, which has its own, got some.")
         pool, num_pages, groups = pool_or_num_pages, pool_or_num_pages.num_pages, pool_or_num_pages.groups  # type: ignore[attr-defined]
+    groups = tuple(groups)
     if not groups:
         raise ValueError("groups must be at least one, got none.")
     for group in groups:
         check_int("page_size", group.page_size, minimum=1)
         check_window(group.window)
-    return pool, num_pages, tuple(groups)
+    return pool, num_pages, groups

@@ -13,7 +13,7 @@ from .page_budget import PageBudget
 from .prefix_cache import Namespace
 from .sequence import Sequence, SequenceState
 from .token_ids import TokenIds, as_token_array
-from .whole_call import whole_call
+from .whole_call import closing_call, reading_call, whole_call, within
 
 __all__ = ["HybridSequence"]
 
@@ -66,8 +66,8 @@ class HybridSequence:
 
     @property
     def state(self) -> SequenceState:
-        """Where its keys and values are."""
-        return self._first.state
+        """Where its keys and values are: away when a part is."""
+        return next((part.state for part in self.parts if part.state != "on pages"), "on pages")
 
     @property
     def is_closed(self) -> bool:
@@ -85,7 +85,7 @@ class HybridSequence:
         needed, kept_free = self._needs(num_tokens)
         shares = self._budget.obtain_shares(needed, kept_free)
         slots: list[torch.Tensor] = []
-        start = self.num_tokens
+        start, is_new = self.num_tokens, bool(self._first._rows.is_new[self._first._row])
         try:
             for part, pages in zip(self.parts, shares, strict=True):
                 slots.append(part._to_tensor(part._append(num_tokens, pages)))
@@ -94,15 +94,18 @@ class HybridSequence:
                 self._budget.allocator.free(pages)
             for part in self.parts[: len(slots)]:
                 part._cut(start)
+                part._rows.is_new[part._row] = is_new
             raise
         return tuple(slots)
 
     @whole_call
     def try_append(self, num_tokens: int) -> tuple[torch.Tensor, ...] | None:
         """The same, or None when there are too few pages."""
-        return self.append(num_tokens) if self.can_append(num_tokens) else None
+        if not within(HybridSequence.can_append, self, num_tokens):
+            return None
+        return within(HybridSequence.append, self, num_tokens)
 
-    @whole_call
+    @reading_call
     def can_append(self, num_tokens: int) -> bool:
         """True when `append(num_tokens)` would find its pages now."""
         check_int("num_tokens", num_tokens, minimum=1)
@@ -127,7 +130,7 @@ class HybridSequence:
     def fork(self) -> HybridSequence:
         """A second sequence with the same tokens on the same pages of every group; see `Sequence.fork`."""
         self._check_open("fork")
-        return HybridSequence(tuple(part.fork() for part in self.parts))
+        return HybridSequence(tuple(within(Sequence.fork, part) for part in self.parts))
 
     @whole_call
     def truncate(self, num_tokens: int) -> None:
@@ -139,13 +142,13 @@ class HybridSequence:
         self._check_open("truncate")
         # The first part to refuse has not been changed, and refuses for all: the longest window has the least left.
         for part in sorted(self.parts, key=lambda one: -one._shortest()):
-            part.truncate(num_tokens)
+            within(Sequence.truncate, part, num_tokens)
 
-    @whole_call
+    @closing_call
     def close(self) -> None:
         """Gives the pages of all groups back: published ones stay cached. Idempotent."""
         for part in self.parts:
-            part.close()
+            within(Sequence.close, part)
 
     def __copy__(self) -> HybridSequence:
         raise TypeError("a sequence must be forked to have a second one, got a call of copy. Use fork().")
@@ -184,13 +187,18 @@ class HybridSequence:
             return
         if any(part.is_closed for part in parts):
             for part in parts:
-                part.close()
+                within(Sequence.close, part)
             return
         is_equal = len({part.num_committed for part in parts}) == 1
         kept = min(part.num_tokens if is_equal else part.num_committed for part in parts)
         if any(part.state != "on pages" or kept < part._shortest() for part in parts):
+            # What any of them knows is what was committed.
+            longest = max(parts, key=lambda part: part.num_committed)
+            ids = longest._rows.tokens.view(longest._row).copy()
             for part in parts:
-                part._drop_to(min(part.num_committed for part in parts))
+                part._drop_to(part.num_committed)
+                part._rows.put_tokens(part._row, 0, ids)
+                part._rows.tokens.size[part._row] = part._rows.num_tokens[part._row] = ids.shape[0]
             return
         for part in parts:
             part._cut(kept)

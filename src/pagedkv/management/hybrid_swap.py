@@ -14,6 +14,8 @@ __all__ = ["swap_in_parts", "swap_out_parts"]
 def swap_out_parts(budget: PageBudget, parts: tuple[Sequence, ...], tier: SwapTier) -> None:
     """Saves all pages of all parts, then gives them back. What the tier raises leaves everything as it was."""
     tickets: list[Any] = []
+    for part in parts:
+        part._drop_ticket()
     try:
         for part in parts:
             tickets.append(part._save_pages(tier))

@@ -48,6 +48,8 @@ def check_integrity(manager: KVCacheManager | HybridKVCacheManager) -> None:
     Raises: IntegrityError that quotes the sentence and the evidence.
     """
     budget = manager.budget
+    if not budget.lock._is_owned():  # type: ignore[attr-defined]
+        manager.settle()
     with budget.lock:
         _check_free_list(budget)
         named = np.zeros(budget.allocator.num_pages, np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..shapes import check_int
 from ..storage import PageTable
 from .allocator import PageArray
 from .draw import draw
-from .events import CacheEvent
+from .events import CacheEvent, take_events
 from .eviction import EvictionPolicy
 from .integrity import check_integrity
 from .ledger import PageLedger
@@ -43,7 +44,7 @@ from .step_batch import BookedTable, StepBatch
 from .step_planner import StepPlanner
 from .swap_tier import SwapTier
 from .token_ids import TokenIds, as_token_array
-from .whole_call import whole_call
+from .whole_call import reading_call, whole_call, within
 
 __all__ = ["KVCacheManager"]
 
@@ -70,7 +71,9 @@ class KVCacheManager:
     debug:        run `check_integrity` at the end of every public call, of sequences too.
     Owns:   every page of the pool is free, owned (named by a live sequence), cached (held by the prefix cache alone) or
             reserved.
-    Threads: any; one re-entrant lock for the manager and all its sequences. A sequence is usually driven by one thread.
+    Threads: any; one lock for the manager and all its sequences. A sequence is usually driven by one thread. Calls that
+            a tier, a policy, a signal handler or a finalizer makes inside a call: what changes nothing is answered,
+            `close` and `unpin` wait for its end, others are refused.
     Interrupts: a call that an interrupt ends (Ctrl-C) may have been done or not; the next one makes the books agree
             again (see management/settle.py). Sequences keep their tokens and pages, prefix cache and pins are emptied.
 
@@ -173,6 +176,7 @@ class KVCacheManager:
         """
         check_priority(priority)
         ids = as_token_array("token_ids", token_ids)
+        namespace_key(namespace)
         check_window(window)
         if self._window is not None and window not in (None, self._window):
             raise ValueError(f"window must be {self._window} (the manager's), got {window}. Leave it out.")
@@ -191,8 +195,6 @@ class KVCacheManager:
         """A live sequence of what the cache has of `ids`, with room for as many tokens as are expected."""
         ledger = self._ledger
         cache, _ = ledger.cache_of(namespace)
-        if cache is None:
-            namespace_key(namespace)  # the cache looks at it otherwise
         num_found, pages, handle = ledger.look_up(cache, ids, namespace)
         try:
             seq = Sequence(ledger, namespace, ids[:num_found], pages, handle, window, num_expected)
@@ -204,7 +206,7 @@ class KVCacheManager:
         ledger.live[id(seq)] = seq
         return seq
 
-    @whole_call
+    @reading_call
     def can_append(self, num_tokens: int) -> bool:
         """True when a new sequence that finds nothing in the cache could append `num_tokens` now."""
         check_int("num_tokens", num_tokens, minimum=1)
@@ -249,7 +251,7 @@ class KVCacheManager:
     def _commit(self, rows: list[Sequence], ids: npt.NDArray[Any]) -> None:
         self._planner.commit(rows, ids)
 
-    @whole_call
+    @reading_call
     def page_table(self, seqs: Iterable[Sequence]) -> PageTable:
         """The page table of a batch, reserved tokens included, on the pool's device."""
         ledger, chosen = self._ledger, list(seqs)
@@ -264,11 +266,15 @@ class KVCacheManager:
         last = np.where(lengths > 0, (lengths - 1) % ledger.page_size + 1, 0).astype(np.int32)
         return BookedTable(indptr, pages, last, lengths, ledger.page_size, self.num_pages - 1, self._budget.device)
 
-    @whole_call
     def pin(self, token_ids: TokenIds, namespace: Namespace = None) -> PinnedPrefix:
         """Keeps what is cached of `token_ids` now, in whole pages, from being evicted until it is unpinned."""
-        ids, ledger = as_token_array("token_ids", token_ids), self._ledger
+        ids = as_token_array("token_ids", token_ids)
         namespace_key(namespace)
+        return self._pin(ids, namespace)
+
+    @whole_call
+    def _pin(self, ids: npt.NDArray[Any], namespace: Namespace) -> PinnedPrefix:
+        ledger = self._ledger
         cache, _ = ledger.cache_of(namespace)
         match = None if cache is None else cache.match(ids, namespace)
         if cache is None or match is None or not match.num_tokens:
@@ -318,12 +324,23 @@ class KVCacheManager:
         """
         rows, chosen = checked_beams(self._ledger, beams, parents)
         first = {parent: position for position, parent in reversed(list(enumerate(chosen)))}
-        continued = [
-            rows[parent] if first[parent] == position else rows[parent].fork() for position, parent in enumerate(chosen)
-        ]
-        for number, beam in enumerate(rows):
-            if number not in first:
-                beam.close()
+        forks: list[Sequence] = []
+        continued: list[Sequence] = []
+        try:
+            for position, parent in enumerate(chosen):
+                if first[parent] == position:
+                    continued.append(rows[parent])
+                else:
+                    forks.append(within(Sequence.fork, rows[parent]))
+                    continued.append(forks[-1])
+            for number, beam in enumerate(rows):
+                if number not in first:
+                    within(Sequence.close, beam)
+        except Exception:  # of a user's cache or policy: nobody gets the forks
+            for fork in forks:
+                with suppress(Exception):
+                    within(Sequence.close, fork)
+            raise
         return continued
 
     @whole_call
@@ -350,7 +367,7 @@ class KVCacheManager:
             check_int("num_pages", num_pages, minimum=0)
         return self._budget.evict(self._budget.num_evictable if num_pages is None else num_pages)
 
-    @whole_call
+    @reading_call
     def stats(self) -> ManagerStats:
         """The state now; see `ManagerStats`. Walks the pages of the sequences, not the tree."""
         return count_pages(self._budget)
@@ -358,7 +375,11 @@ class KVCacheManager:
     @whole_call
     def take_events(self) -> list[CacheEvent]:
         """What the prefix caches stored and removed since the last call, cache by cache; see docs/kv_events.md."""
-        return [event for cache in self._ledger.caches() if cache.events is not None for event in cache.events.take()]
+        return take_events(self._budget.caches)
+
+    @whole_call
+    def settle(self) -> None:
+        """Makes the books agree after an interrupt, as every call does before its own work."""
 
     def draw(self, *, form: str = "text", width: int | None = None, color: bool = False, tree: bool = True) -> str:
         """A picture of who owns which page, "text" or "svg"; `management.draw.draw` has more options."""

@@ -96,6 +96,8 @@ def namespace_caches(
     make_cache: Callable[[bool | str | PrefixCache], PrefixCache | None],
 ) -> dict[Any, tuple[PrefixCache, int]]:
     """A cache for each namespace that has a limit, with the limit, by `namespace_key`."""
+    if not isinstance(limits, Mapping):
+        raise TypeError(f"namespace_limits must map namespaces to pages, got {type(limits).__name__}.")
     caches = {}
     for namespace, limit in limits.items():
         check_int("a limit of namespace_limits", limit, minimum=0)

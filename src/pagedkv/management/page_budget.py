@@ -43,7 +43,7 @@ class PageBudget:
     """All pages of a pool, for one group of layers or for several that share them.
 
     ledgers: the books of each group. caches: all their prefix caches.
-    lock, is_torn, salvage, verify: see management/whole_call.py and settle.py.
+    lock, is_torn, salvage, waiting, verify: see management/whole_call.py and settle.py.
     Owns: a page that a prefix cache holds has one owner, the cache: a sequence's claim on it is its lock there. Any
           other page has as many owners as live sequences name it. A page that waits to be copied from has one more, so
           that nobody is given it before.
@@ -66,6 +66,7 @@ class PageBudget:
         self.lock = threading.RLock()
         self.is_torn = False
         self.salvage: list[Salvage] | None = None
+        self.waiting: list[Callable[[], None]] = []
         self.verify: Callable[[], None] | None = None
 
     @property
@@ -81,8 +82,14 @@ class PageBudget:
     def can_obtain(self, num_pages: int, num_kept_free: int = 0) -> bool:
         """True when `obtain` with the same arguments would succeed."""
         missing = num_pages + num_kept_free - self.allocator.num_free
-        # A page that is yet to be copied from can be evicted, and is not free before it was.
-        return num_pages == 0 or missing <= 0 or missing <= self.num_evictable - len(self.copy_sources)
+        return num_pages == 0 or missing <= 0 or missing <= self._num_to_be_had()
+
+    def _num_to_be_had(self) -> int:
+        """Pages that are free once they are evicted: those that are yet to be copied from are not."""
+        if not self.copy_sources:
+            return self.num_evictable
+        sources = np.fromiter(self.copy_sources, np.int64, len(self.copy_sources))
+        return self.num_evictable - sum(int(cache.holds(sources).sum()) for cache in self.caches)
 
     def obtain(self, num_pages: int, num_kept_free: int = 0) -> PageArray:
         """Allocates, evicting cached pages for what is missing, and leaves `num_kept_free` that are free or evictable.
@@ -171,6 +178,17 @@ class PageBudget:
         self.copy_sources.clear()
         return [(src, dst) for dst, src in source_of.items() if src != dst]
 
+    def cancel_copies(self, pages: PageArray) -> None:
+        """Forgets pending copies to pages whose bytes come from elsewhere: they were given back and taken again."""
+        taken = set(pages.tolist())
+        if taken.isdisjoint(dst for _, dst in self.pending_copies):
+            return
+        copies = [(src, dst) for src, dst in self.take_copies() if dst not in taken]
+        for src, _ in copies:
+            self.allocator.retain([src])
+        self.pending_copies.extend(copies)
+        self.copy_sources.update(src for src, _ in copies)
+
     def is_shared(self, page: int) -> bool:
         """True when more than one sequence names `page`, which no prefix cache holds."""
         if not self.allocator.num_extra_owners:
@@ -188,7 +206,7 @@ class PageBudget:
 
     def out_of_pages(self, num_pages: int, num_kept_free: int) -> OutOfPagesError:
         """What `obtain` raises."""
-        free, evictable = self.allocator.num_free, max(0, self.num_evictable - len(self.copy_sources))
+        free, evictable = self.allocator.num_free, max(0, self._num_to_be_had())
         kept_evictable = max(0, num_kept_free - free)
         free, evictable = max(0, free - num_kept_free), max(0, evictable - kept_evictable)
         pinned = self.allocator.num_pages - free - evictable

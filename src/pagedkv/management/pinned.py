@@ -7,7 +7,7 @@ from types import TracebackType
 from .allocator import PageArray
 from .ledger import PageLedger
 from .prefix_cache import CacheHandle, Namespace, PrefixCache
-from .whole_call import whole_call
+from .whole_call import closing_call
 
 __all__ = ["PinnedPrefix"]
 
@@ -62,7 +62,7 @@ class PinnedPrefix:
         """Where its namespace is cached, for inspection."""
         return self._cache
 
-    @whole_call
+    @closing_call
     def unpin(self) -> None:
         """Leaves the pages to the eviction policy again. Idempotent."""
         if self._ledger.pins.pop(id(self), None) is None:

@@ -45,7 +45,7 @@ from .allocator import PageArray
 from .prefix_cache import CacheHandle, Namespace, PrefixCache
 from .sequence_away import SequenceAway, SequenceState
 from .token_ids import TokenIds, as_token_array
-from .whole_call import whole_call
+from .whole_call import closing_call, reading_call, whole_call
 
 __all__ = ["Sequence", "SequenceState"]
 
@@ -156,7 +156,7 @@ class Sequence(SequenceAway):
         self._check_open("try_append")
         return self._to_tensor(self._append(num_tokens)) if self._fits(num_tokens) else None
 
-    @whole_call
+    @reading_call
     def can_append(self, num_tokens: int) -> bool:
         """True when `append(num_tokens)` would find its pages now."""
         check_int("num_tokens", num_tokens, minimum=1)
@@ -223,7 +223,7 @@ class Sequence(SequenceAway):
             )
         self._cut(num_tokens)
 
-    @whole_call
+    @closing_call
     def close(self) -> None:
         """Gives its pages back: published ones stay cached, others are free unless a fork names them. Idempotent.
 

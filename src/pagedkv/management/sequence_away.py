@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..errors import TierError
 from .allocator import PageArray
 from .sequence_prefix import SequencePrefix
 from .swap_tier import SwapTier
@@ -30,6 +32,7 @@ class SequenceAway(SequencePrefix):
 
     def _swap_out(self, tier: SwapTier) -> None:
         """Saves all pages and gives them back. What the tier raises leaves everything as it was."""
+        self._drop_ticket()
         ticket = self._save_pages(tier)
         try:
             self._put_away("swapped out", (tier, ticket))
@@ -53,7 +56,10 @@ class SequenceAway(SequencePrefix):
             raise ValueError(
                 "seq must have its copies made to be swapped out, got one that waits. Call take_copies first."
             )
-        return tier.save(torch.from_numpy(pages[pages >= 0]).to(budget.device))
+        try:
+            return tier.save(torch.from_numpy(pages[pages >= 0]).to(budget.device))
+        except MemoryError as error:
+            raise TierError(f"the tier must have memory for {np.count_nonzero(pages >= 0)} pages: {error}.") from error
 
     def _load_pages(self) -> None:
         """On pages again: all of them from the tier, which keeps its copy, but those that the prefix cache has."""
@@ -66,6 +72,7 @@ class SequenceAway(SequencePrefix):
         except BaseException:
             self._move_lock(None)
             raise
+        budget.cancel_copies(pages[num_known:])
         wanted = np.where(np.arange(pages.shape[0]) < num_known, -1, pages)[num_gone:].astype(np.int64)
         try:
             tier.load(ticket, torch.from_numpy(wanted).to(budget.device))
@@ -74,7 +81,7 @@ class SequenceAway(SequencePrefix):
             self._move_lock(None)
             raise
         rows.pages.extend(row, pages)
-        rows.first_page[row] = num_gone
+        rows.first_page[row] = np.count_nonzero(pages < 0)
         rows.published[row] = rows.lock_tokens[row]
         self._come_back()
 
@@ -94,10 +101,15 @@ class SequenceAway(SequencePrefix):
         return pages, match.pages.shape[0]
 
     def _finish_load(self) -> None:
-        """Publishes what the prefix cache has not, and drops the copy."""
-        if not self._num_pages_behind or self._ledger.window is not None:
-            self._publish_full_pages()
-        self._drop_ticket()
+        """Publishes what the prefix cache has not, and drops the copy; one that the tier does not let go of now is
+        dropped when the sequence goes away or closes.
+        """
+        with suppress(Exception):
+            if not self._num_pages_behind or self._ledger.window is not None:
+                self._publish_full_pages()
+        self._give_back_behind_window()
+        with suppress(Exception):
+            self._drop_ticket()
 
     def _drop_ticket(self) -> None:
         if self._ticket is not None:
@@ -118,9 +130,9 @@ class SequenceAway(SequencePrefix):
 
     def _drop_to(self, num_tokens: int) -> None:
         """Dropped, wherever it was, with the ids of its first tokens alone."""
+        self._drop_ticket()
         if self._state == "on pages":
             self._put_away("dropped", None)
-        self._drop_ticket()
         self._state = "dropped"
         self._rows.tokens.truncate(self._row, num_tokens)
         self._rows.num_tokens[self._row] = num_tokens

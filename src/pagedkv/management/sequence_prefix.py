@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..kernels.compare_key import common_prefix_len
 from .allocator import PageArray
-from .prefix_cache import CacheHandle, InsertResult, PrefixCache
+from .prefix_cache import EMPTY_HANDLE, CacheHandle, InsertResult, PrefixCache
 from .sequence_pages import SequencePages
 
 __all__ = ["SequencePrefix"]
@@ -31,17 +31,37 @@ class SequencePrefix(SequencePages):
         self._give_back_behind_window()
 
     def _check_as_forks_committed(self, new_ids: npt.NDArray[Any]) -> None:
-        """Refuses other ids than a fork has published already for a page that both name."""
+        """Refuses other ids than a fork has for a page that both name, when it is published or would be now."""
         committed, num_locked = self._num_committed, self._lock_tokens
-        if self._cache is None or self._handle is None or num_locked <= committed:
+        if self._cache is None:
             return
-        known = self._cache.locked_tokens(self._handle, committed)[: min(new_ids.shape[0], num_locked - committed)]
-        differs = known != new_ids[: known.shape[0]]
+        if num_locked > committed:
+            known = self._cache.locked_tokens(self._handle or EMPTY_HANDLE, committed)[: num_locked - committed]
+            self._check_equal(known, new_ids, committed)
+        page_size = self._ledger.page_size
+        full = (committed + new_ids.shape[0]) // page_size * page_size
+        first = max(num_locked, self._rows.first_page.item(self._row) * page_size)
+        if not self._budget.allocator.num_extra_owners or full <= first:
+            return
+        pages = self._page_view(first // page_size, full // page_size)
+        if not (self._budget.allocator.owner_counts_of(pages) > 1).any():
+            return
+        ids = np.concatenate([self._rows.tokens.view(self._row, first, committed), new_ids])
+        for fork in self._ledger.live.values():
+            if fork is not self and fork._row >= 0 and fork._cache is self._cache:
+                num_shared = common_prefix_len(fork._page_view(first // page_size), pages) * page_size
+                known = fork._rows.tokens.view(fork._row)[first : first + num_shared]
+                self._check_equal(known, ids, first)
+
+    @staticmethod
+    def _check_equal(known: npt.NDArray[Any], ids: npt.NDArray[Any], start: int) -> None:
+        length = min(known.shape[0], ids.shape[0])
+        differs = known[:length] != ids[:length]
         if differs.any():
             position = int(differs.argmax())
             raise ValueError(
-                f"token_ids must be those that a fork committed for the same pages, got {new_ids[position]} instead of "
-                f"{known[position]} at position {committed + position}. Fork before the tokens are appended."
+                f"token_ids must be those that a fork committed for the same pages, got {ids[position]} instead of "
+                f"{known[position]} at position {start + position}. Fork before the tokens are appended."
             )
 
     def _publish_full_pages(self) -> None:
@@ -118,8 +138,10 @@ class SequencePrefix(SequencePages):
         missing = cache.num_cached_pages + (stop - match.num_tokens) // page_size - limit
         if missing > 0:
             cache.lock(match.handle)
-            self._budget.evict_from(cache, missing)
-            cache.unlock(match.handle)
+            try:
+                self._budget.evict_from(cache, missing)
+            finally:
+                cache.unlock(match.handle)
         room = max(0, limit - cache.num_cached_pages) * page_size
         return match.num_tokens, min(stop, match.num_tokens + room)
 

@@ -71,7 +71,8 @@ def _read(ledger: PageLedger, seq: Sequence) -> Salvage:
     rows, row = ledger.rows, seq._row
     num_tokens = rows.num_tokens.item(row)
     num_pages = -(-num_tokens // ledger.page_size)
-    tokens = rows.tokens.view(row)[:num_tokens].copy()
+    # What is away has all its ids, whatever was counted while it was about to come back.
+    tokens = rows.tokens.view(row)[: num_tokens if seq._state == "on pages" else None].copy()
     pages = rows.pages.view(row)[:num_pages].copy()
     return Salvage(ledger, seq, tokens, pages, num_tokens, bool(rows.is_new[row]))
 
@@ -82,11 +83,12 @@ def _write(one: Salvage) -> None:
     rows, has_all_pages = ledger.rows, pages.shape[0] == -(-num_tokens // ledger.page_size)
     if seq._state == "on pages" and not has_all_pages:
         seq._state = "dropped" if seq._ticket is None else "swapped out"
-    is_away = seq._state != "on pages"
-    if is_away:
+    if seq._state != "on pages":
         pages = pages[:0]
     else:
         _forget_copy(seq)
+        if seq._window is not None:
+            pages[: max(0, tokens.shape[0] - seq._window + 1) // ledger.page_size] = -1
     row = seq._row = rows.add(tokens, pages)
     rows.num_tokens[row] = tokens.shape[0] if seq._state == "dropped" else num_tokens
     rows.window[row] = seq._window or 0

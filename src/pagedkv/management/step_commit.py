@@ -30,6 +30,7 @@ def commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: np
     try:
         for number in full:
             seqs[number]._publish_full_pages()
+            seqs[number]._give_back_behind_window()
             num_published += 1
     except Exception:
         books.tokens.size[np.delete(rows, full[:num_published])] -= 1

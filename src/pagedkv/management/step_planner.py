@@ -116,6 +116,11 @@ class StepPlanner:
     def dense_table(self) -> torch.Tensor:
         """The dense form [S, M] int32 for the last step; see `StepBatch.dense_table`."""
         with self._ledger.budget.lock:
+            if not self._table.has_dense and (self._ledger.rows.version[self._rows] != self._versions).any():
+                raise ValueError(
+                    "the dense table must be asked for before its sequences change, got one that did. Ask in the step "
+                    "before, and it is kept."
+                )
             return self._table.dense(self._rows).to(self._device)
 
     def csr_table(self, snapshot: RowSnapshot, lengths: Counts) -> BookedTable:

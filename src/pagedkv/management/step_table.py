@@ -95,6 +95,11 @@ class StepTable:
         self._take_snapshot(rows)
         self.version += 1
 
+    @property
+    def has_dense(self) -> bool:
+        """True once the dense form was asked for, from when on it is kept."""
+        return self._dense is not None
+
     def dense(self, rows: Counts) -> torch.Tensor:
         """The dense form [S, M] int32 of `rows`, which are those of the table; a view of the buffer."""
         if self._dense is None:
