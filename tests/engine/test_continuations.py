@@ -360,7 +360,7 @@ def test_pages_held_by_others_are_answered_with_the_error(llama):
     foreign = engine.manager.open([1])
     foreign.append(16)
     result = engine.generate([PROMPT], samples_of(4))[0]
-    assert "cannot allocate 3 pages: 1 free" in str(result.error)  # three of four copy the last page
+    assert "cannot allocate 7 pages: 2 free, 3 evictable" in str(result.error)  # it was put back first
     assert [each.finish_reason for each in result.continuations] == ["error"] * 4
     assert all(len(each.token_ids) == 1 for each in result.continuations)  # what they had is in the answer
     foreign.close()

@@ -254,7 +254,7 @@ def test_pages_held_by_others_are_answered_with_the_error(llama):
     waiting = engine.generate([random_ids(12, 1)], SamplingParams(4))[0]
     assert "cannot allocate 3 pages: 2 free" in str(waiting.error)
     running = engine.generate([random_ids(7, 1)], SamplingParams(8))[0]
-    assert "cannot allocate 1 page: 0 free" in str(running.error)
+    assert "cannot allocate 3 pages: 0 free, 2 evictable" in str(running.error)
     assert len(running.token_ids) == 2  # what it had is in the answer
     foreign.close()
     assert engine.generate([random_ids(12, 1)], SamplingParams(4))[0].finish_reason == "length"

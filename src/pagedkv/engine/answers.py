@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..management.manager import KVCacheManager
-from .beam_group import advance_beams, found_endings
+from .beam_group import advance_beams, found_endings, take_tokens
 from .continuation import Continuation, Ending, FinishReason
 from .request import Request, TokenEvent
 from .runner import StepOutput
@@ -60,11 +60,34 @@ class Answers:
         """Ends a request with all its continuations; beams that are not at their end have no text."""
         if request.finished:
             return
-        self._scheduler.remove(request)
         request.error = error
+        ended = request.live
         if request.search is not None:
-            request.continuations = [Continuation(request, 0)]
-        self._end(request, [Ending(continuation, reason) for continuation in request.live])
+            request.give_pages_back()
+            ended = [Continuation(request, 0)]
+            ended[0].finish_reason = reason
+            request.continuations = ended
+        self._end(request, [Ending(continuation, reason) for continuation in ended])
+
+    def resume(self, request: Request) -> None:
+        """Takes up what an interrupt left half done with a request that has no pages now: its tokens count, their text
+        follows from them, and it ends where they say so."""
+        try:
+            if request.error is not None:
+                self.finish(request, "error", request.error)
+            if not request.live:
+                self._end(request, [])
+            elif request.search is None:
+                for continuation in request.live:
+                    continuation.read_again()
+                ends = [(continuation, continuation.why_it_ends()) for continuation in request.live]
+                self._end(request, [Ending(continuation, reason) for continuation, reason in ends if reason])
+            elif request.search.is_done:
+                self._end_search(request)
+            else:
+                take_tokens(request)
+        except Exception as error:  # noqa: BLE001 - as in accept
+            self.finish(request, "error", error)
 
     def _accept_token(self, continuation: Continuation, token: int, logprob: float) -> None:
         """Adds a sampled token, tells the caller, and ends the continuation where it ends."""
@@ -75,57 +98,62 @@ class Answers:
         if token in request.stop_ids:
             self._end(request, [Ending(continuation, "stop")])
             return
-        text, is_stopped = continuation.push(token)
-        if is_stopped or continuation.num_new_tokens >= request.max_new_tokens:
-            self._end(request, [Ending(continuation, "stop" if is_stopped else "length", (token,), text)])
+        continuation.push(token)
+        reason = continuation.why_it_ends()
+        if reason is not None:
+            self._end(request, [Ending(continuation, reason)])
         else:
-            self._emit(continuation, (token,), text)
+            self._emit(continuation)
 
     def _accept_beams(self, request: Request, logits: torch.Tensor) -> None:
         """Lets the beams go on; when their search is done, tells the caller what it found."""
         search = request.search
         assert search is not None  # beams have one
-        if not search.is_done:  # an interrupt may have come right after it was
-            advance_beams(request, logits, self._manager)
+        advance_beams(request, logits, self._manager)
         if search.is_done:
-            endings = found_endings(request, self._tokenizer)
-            request.first_token_at = time.perf_counter()
-            request.give_pages_back()
-            request.continuations = [ending.continuation for ending in endings]
-            self._end(request, endings)
+            self._end_search(request)
+
+    def _end_search(self, request: Request) -> None:
+        """Ends a request with what its search found."""
+        endings = found_endings(request, self._tokenizer)
+        request.first_token_at = time.perf_counter()
+        request.give_pages_back()
+        request.continuations = [ending.continuation for ending in endings]
+        self._end(request, endings)
 
     def _end(self, request: Request, endings: list[Ending]) -> None:
         """Ends continuations, and the request with the last of them, before the caller is told."""
-        texts = [ending.text + self._close_text(ending) for ending in endings]
+        for ending in endings:
+            self._close_text(ending)
         if not request.live:
-            self._scheduler.remove(request)
+            # The scheduler knows it to the last, so that what is interrupted here is found there.
+            request.give_pages_back()
             request.status, request.finished_at = "finished", time.perf_counter()
             self._on_end(request)
-        for ending, text in zip(endings, texts, strict=True):
-            self._emit(ending.continuation, ending.token_ids, text)
+            self._scheduler.remove(request)
+        for ending in endings:
+            self._emit(ending.continuation)
         if request.error is not None:
             self.finish(request, "error", request.error)
 
-    def _close_text(self, ending: Ending) -> str:
+    def _close_text(self, ending: Ending) -> None:
         """Closes a continuation: what the detokenizer held back, added to the text; a stop string may end in it."""
-        continuation, reason, rest = ending.continuation, ending.reason, ""
+        continuation, reason = ending
         try:
-            rest, is_stopped = continuation.flush()
-            if is_stopped and reason == "length":
+            if continuation.flush() and reason == "length":
                 reason = "stop"
         except Exception as error:  # noqa: BLE001 - a tokenizer's error is the request's answer
             if continuation.request.error is None:
                 reason, continuation.request.error = "error", error
         continuation.finish_reason = reason
         continuation.close()
-        return rest
 
-    def _emit(self, continuation: Continuation, token_ids: tuple[int, ...], text: str) -> None:
+    def _emit(self, continuation: Continuation) -> None:
         request = continuation.request
         if request.on_token is None:
             return
-        reason = continuation.finish_reason
-        event = TokenEvent(request, token_ids, text, continuation.finished, reason, continuation.index)
+        reason, news = continuation.finish_reason, continuation.take_news()
+        event = TokenEvent(request, *news, continuation.finished, reason, continuation.index)
         try:
             request.on_token(event)
         except Exception as error:  # noqa: BLE001 - a caller's error is its own request's answer

@@ -9,7 +9,7 @@ from .continuation import Continuation, Ending, FinishReason
 from .request import Request
 from .text import TextStream
 
-__all__ = ["advance_beams", "found_endings", "is_torn", "take_tokens"]
+__all__ = ["advance_beams", "found_endings", "take_tokens"]
 
 
 def advance_beams(request: Request, logits: torch.Tensor, manager: KVCacheManager) -> None:
@@ -47,20 +47,14 @@ def found_endings(request: Request, tokenizer: object) -> list[Ending]:
         for token in token_ids[: len(token_ids) - is_stopped]:
             continuation.push(token)
         reason: FinishReason = "stop" if is_stopped else "length"
-        found.append(Ending(continuation, reason, tuple(continuation.token_ids), continuation.text))
+        found.append(Ending(continuation, reason))
     if not found:
         raise ValueError("beam search must find a text, got none with a score above -1e9. Raise length_penalty.")
     return found
 
 
-def is_torn(request: Request) -> bool:
-    """Whether an interrupt came after a step of the search, before all beams had followed it."""
-    search = request.search
-    return search is not None and any(beam.num_new_tokens != search.num_new_tokens for beam in request.continuations)
-
-
 def take_tokens(request: Request) -> None:
-    """Gives the beams the tokens of their search; those of a torn request have no use for their pages then."""
+    """Gives the beams the tokens of their search; pages that did not follow it are of no use to them then."""
     assert request.search is not None  # beams have one
     for beam, text in zip(request.continuations, request.search.running, strict=True):
         beam.ids = [*request.prompt_ids, *text]

@@ -48,6 +48,16 @@ class _Finished(NamedTuple):
     token_ids: list[tuple[int, ...]]
 
 
+class _State(NamedTuple):
+    """All that a step changes, so that an interrupt leaves it as it was or as it will be. Shapes: scores [B]."""
+
+    num_new_tokens: int
+    scores: torch.Tensor
+    running: tuple[tuple[int, ...], ...]
+    finished: _Finished
+    is_done: bool
+
+
 class BeamSearch:
     """Keeps the `num_beams` likeliest continuations of one prompt, as transformers' beam search does.
 
@@ -91,28 +101,26 @@ class BeamSearch:
         self._length_penalty = _checked_length_penalty(length_penalty, self.max_new_tokens)
         self._num_candidates = max(2, 1 + len(self.eos_token_ids)) * self.num_beams
         # All beams start as the prompt: only the first may be continued, or all would be continued alike.
-        self._scores = _not_yet(self.num_beams)
-        self._scores[0] = 0.0
-        self._running: list[tuple[int, ...]] = [()] * self.num_beams
+        scores = _not_yet(self.num_beams)
+        scores[0] = 0.0
         flags = torch.zeros(self.num_beams, dtype=torch.bool, device="cpu")
-        self._finished = _Finished(_not_yet(self.num_beams), flags, [()] * self.num_beams)
-        self._num_new_tokens = 0
-        self._is_done = False
+        finished = _Finished(_not_yet(self.num_beams), flags, [()] * self.num_beams)
+        self._state = _State(0, scores, ((),) * self.num_beams, finished, False)
 
     @property
     def is_done(self) -> bool:
         """True when nothing is to be computed any more."""
-        return self._is_done
+        return self._state.is_done
 
     @property
     def num_new_tokens(self) -> int:
         """Steps so far: the new tokens of each running beam."""
-        return self._num_new_tokens
+        return self._state.num_new_tokens
 
     @property
     def running(self) -> tuple[tuple[int, ...], ...]:
         """The new tokens of each beam, in the order of the beams."""
-        return tuple(self._running)
+        return self._state.running
 
     def step(self, logits: torch.Tensor) -> BeamStep:
         """Chooses each beam's next token by the logits of its last one.
@@ -125,27 +133,29 @@ class BeamSearch:
                 a row without a finite maximum.
         """
         self._check_step(logits)
+        state = self._state
         log_probs = torch.log_softmax(logits.detach().to(torch.float32), dim=-1)
-        sums = (log_probs + self._scores.to(logits.device)[:, None]).reshape(-1)
+        sums = (log_probs + state.scores.to(logits.device)[:, None]).reshape(-1)
         candidates = torch.topk(sums, self._num_candidates)
         scores, flat = candidates.values.cpu(), candidates.indices.cpu()
         parents, tokens = flat // logits.shape[1], flat % logits.shape[1]
-        is_last = self._num_new_tokens + 1 >= self.max_new_tokens
+        num_new_tokens = state.num_new_tokens + 1
+        is_last = num_new_tokens >= self.max_new_tokens
         is_end = [is_last or token in self.eos_token_ids for token in tokens.tolist()]
         ends = torch.tensor(is_end, dtype=torch.bool, device="cpu")
         texts = [
-            (*self._running[parent], token) for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)
+            (*state.running[parent], token) for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)
         ]
 
         # Candidates that ended are last choices, not none: there may be too few others in a tiny vocabulary.
         running_scores = scores + ends.to(torch.float32) * _NOT_YET
         chosen = torch.topk(running_scores, self.num_beams).indices
-        self._finish(scores, ends, texts)
-        self._scores = running_scores[chosen]
-        self._running = [texts[row] for row in chosen.tolist()]
-        self._num_new_tokens += 1
-        self._is_done = is_last or self._has_enough()
-        return BeamStep(parents[chosen].to(logits.device), tokens[chosen].to(logits.device))
+        finished = self._finished_with(scores, ends, texts)
+        running, scores = tuple(texts[row] for row in chosen.tolist()), running_scores[chosen]
+        is_done = is_last or self._has_enough(num_new_tokens, scores, finished)
+        step = BeamStep(parents[chosen].to(logits.device), tokens[chosen].to(logits.device))
+        self._state = _State(num_new_tokens, scores, running, finished, is_done)
+        return step
 
     def best(self) -> list[Hypothesis]:
         """The finished hypotheses, best first, at most num_return_sequences; before the end, those found so far.
@@ -153,12 +163,12 @@ class BeamSearch:
         A search that is done has as many, except where the vocabulary allows no num_beams different continuations, or
         where the penalty puts their scores under -1e9.
         """
-        rows = self._finished.flags.nonzero().flatten().tolist()
-        scores = self._finished.scores.tolist()
-        return [Hypothesis(self._finished.token_ids[row], scores[row]) for row in rows][: self.num_return_sequences]
+        finished = self._state.finished
+        rows, scores = finished.flags.nonzero().flatten().tolist(), finished.scores.tolist()
+        return [Hypothesis(finished.token_ids[row], scores[row]) for row in rows][: self.num_return_sequences]
 
     def _check_step(self, logits: torch.Tensor) -> None:
-        if self._is_done:
+        if self.is_done:
             raise ValueError("step must not be called on a search that is done, got a further step. Take best().")
         Shapes(B=self.num_beams).check("logits", logits, "B V")
         check_floating("logits", logits)
@@ -175,26 +185,27 @@ class BeamSearch:
             row = int(is_broken.int().argmax())
             raise FloatingPointError(f"logits of beam {row} must have a finite maximum, got {float(highest[row])}.")
 
-    def _finish(self, scores: torch.Tensor, ends: torch.Tensor, texts: list[tuple[int, ...]]) -> None:
-        """Takes up candidates that ended, where they are among the likeliest and beat the hypotheses so far."""
+    def _finished_with(self, scores: torch.Tensor, ends: torch.Tensor, texts: list[tuple[int, ...]]) -> _Finished:
+        """The hypotheses with candidates that ended, where they are among the likeliest and beat those so far."""
+        before = self._state.finished
         is_finished = ends.clone()
         is_finished[self.num_beams :] = False
-        penalised = scores / (self._num_new_tokens + 1) ** self._length_penalty
+        penalised = scores / (self.num_new_tokens + 1) ** self._length_penalty
         penalised = penalised + (~is_finished).to(torch.float32) * _NOT_YET
-        merged = torch.cat((self._finished.scores, penalised))
-        flags = torch.cat((self._finished.flags, is_finished))
-        token_ids = self._finished.token_ids + texts
+        merged = torch.cat((before.scores, penalised))
+        flags = torch.cat((before.flags, is_finished))
+        token_ids = before.token_ids + texts
         best = torch.topk(merged, self.num_beams).indices
-        self._finished = _Finished(merged[best], flags[best], [token_ids[row] for row in best.tolist()])
+        return _Finished(merged[best], flags[best], [token_ids[row] for row in best.tolist()])
 
-    def _has_enough(self) -> bool:
+    def _has_enough(self, num_new_tokens: int, scores: torch.Tensor, finished: _Finished) -> bool:
         """Whether the finished hypotheses will do: all are there, and the best running beam seems to gain nothing."""
-        if self._early_stopping is True and bool(self._finished.flags.all()):
+        if self._early_stopping is True and bool(finished.flags.all()):
             return True
         looks_ahead = self._early_stopping == "never" and self._length_penalty > 0
-        length = self.max_new_tokens if looks_ahead else self._num_new_tokens
-        attainable = self._scores[0] / length**self._length_penalty
-        return not bool(attainable > self._finished.scores.min())
+        length = self.max_new_tokens if looks_ahead else num_new_tokens
+        attainable = scores[0] / length**self._length_penalty
+        return not bool(attainable > finished.scores.min())
 
 
 def _not_yet(num_beams: int) -> torch.Tensor:

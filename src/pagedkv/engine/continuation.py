@@ -59,7 +59,8 @@ class Continuation:
         self.generator: torch.Generator | None = None
         self.stream: TextStream | None = None
         self.seq: Sequence | None = None
-        self._num_sampled = 0
+        self._logprobs: list[float] = []
+        self._num_told, self._text_told = len(self.ids), 0
 
     @property
     def finished(self) -> bool:
@@ -87,23 +88,47 @@ class Continuation:
         return len(self.ids) - self.num_computed
 
     def weigh(self, logprob: float) -> None:
-        """Counts the log-probability of a token that was sampled, an EOS too."""
-        self._num_sampled += 1
+        """Counts the log-probability of a token that was sampled, an EOS too; before the token is pushed."""
+        self._logprobs.append(logprob)
         self.cumulative_logprob += logprob
-        self.score = self.cumulative_logprob / self._num_sampled
+        self.score = self.cumulative_logprob / len(self._logprobs)
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """Adds a token: the text that became certain with it, and whether a stop string ended it."""
+    def push(self, token: int) -> None:
+        """Adds a token, and the text that became certain with it."""
         self.ids.append(token)
-        piece, is_stopped = self.stream.push(token) if self.stream is not None else ("", False)
-        self.text += piece
-        return piece, is_stopped
+        if self.stream is not None:
+            self.text += self.stream.push(token).text
 
-    def flush(self) -> tuple[str, bool]:
-        """The text that was held back, at the end, and whether a stop string ended in it."""
-        rest, is_stopped = self.stream.flush() if self.stream is not None else ("", False)
+    def why_it_ends(self) -> FinishReason | None:
+        """What its last token ends it by, an EOS apart, which is none of its tokens."""
+        if self.stream is not None and self.stream.is_stopped:
+            return "stop"
+        return "length" if self.num_new_tokens >= self.request.max_new_tokens else None
+
+    def flush(self) -> bool:
+        """Adds the text that was held back, at the end: whether a stop string ended in it."""
+        if self.stream is None:
+            return False
+        rest, is_stopped = self.stream.flush()
         self.text += rest
-        return rest, is_stopped
+        return is_stopped
+
+    def read_again(self) -> None:
+        """Makes what follows from its tokens anew, since an interrupt may have come between a token and its text."""
+        del self._logprobs[self.num_new_tokens :]
+        total = 0.0
+        for logprob in self._logprobs:
+            total += logprob
+        self.cumulative_logprob, self.score = total, total / len(self._logprobs) if self._logprobs else -math.inf
+        if self.stream is not None:
+            self.stream.restart()
+            self.text = "".join([self.stream.push(token).text for token in self.token_ids])
+
+    def take_news(self) -> tuple[tuple[int, ...], str]:
+        """The tokens and the text since the last call; what an interrupt kept from being told comes with the next."""
+        token_ids, text = tuple(self.ids[self._num_told :]), self.text[self._text_told :]
+        self._num_told, self._text_told = len(self.ids), len(self.text)
+        return token_ids, text
 
     def close(self) -> None:
         """Gives its pages back."""
@@ -121,9 +146,7 @@ class Continuation:
 
 
 class Ending(NamedTuple):
-    """A continuation that is to end, and why; tokens and text that came last and were not told yet."""
+    """A continuation that is to end, and why."""
 
     continuation: Continuation
     reason: FinishReason
-    token_ids: tuple[int, ...] = ()
-    text: str = ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ from .text import TextStream
 __all__ = ["Engine"]
 
 _DEFAULT_POOL_BYTES = 2**30
+
+_Result = TypeVar("_Result")
 
 
 class Engine:
@@ -90,7 +93,7 @@ class Engine:
         self._counts = Counts()
         self._has_forked = False
         self._lock = threading.RLock()
-        self._is_stepping = False
+        self._is_busy = self._is_torn = False
         self._is_closed = False
 
     @property
@@ -156,15 +159,11 @@ class Engine:
         An error of the model is the answer of the request that causes it; all others go on and lose no token.
         """
         with self._lock:
-            if self._is_stepping:
+            if self._is_busy:
                 raise ValueError(
                     "step must not be called by on_token, got a call inside a step. Submit and return instead."
                 )
-            try:
-                self._is_stepping = True
-                return self._step()
-            finally:
-                self._is_stepping = False
+            return self._whole(self._step)
 
     def run(self) -> None:
         """Steps until all requests are finished."""
@@ -205,7 +204,7 @@ class Engine:
             found = self._requests.get(number)
             if found is None or (isinstance(request, Request) and found is not request):
                 return False
-            self._answers.finish(found, "cancelled")
+            self._whole(partial(self._answers.finish, found, "cancelled"))
             return True
 
     def stats(self) -> EngineStats:
@@ -239,8 +238,8 @@ class Engine:
         with self._lock:
             self._is_closed = True
             for request in list(self._requests.values()):
-                self._answers.finish(request, "cancelled")
-            self.manager.evict()
+                self.cancel(request)
+            self._whole(self.manager.evict)
 
     def __enter__(self) -> Engine:
         return self
@@ -249,6 +248,30 @@ class Engine:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _whole(self, call: Callable[[], _Result]) -> _Result:
+        """Runs a call that may be interrupted (Ctrl-C) anywhere; the next one makes good what was broken off."""
+        if self._is_busy:  # called by on_token
+            return call()
+        try:
+            self._is_busy = True
+            if self._is_torn:
+                self._take_back()
+            self._is_torn = True
+            result = call()
+            self._is_torn = False
+            return result
+        finally:
+            self._is_busy = False
+
+    def _take_back(self) -> None:
+        """Lets all requests wait, with the tokens that they have; ends those that were about to end."""
+        self._scheduler.put_all_back()
+        for seq in list(self.manager.ledger.live.values()):
+            seq.close()  # no request has come to name it
+        for request in list(self._scheduler.waiting):
+            self._answers.resume(request)
+            request.give_pages_back()
 
     def _prepare(self, request: Request) -> None:
         """Fills in what the request needs of the engine: when it ends, its random numbers and its text."""
@@ -294,7 +317,6 @@ class Engine:
             self._answers.finish(request, "error", error)
         if schedule.batch is not None:
             self._execute(schedule.works, schedule.batch)
-        self._scheduler.finish_step()
         seconds = time.perf_counter() - started
         self._counts.add_step(num_prefill, num_decode, len(schedule.preempted), seconds)
         finished, self._finished = tuple(self._finished), []
@@ -332,9 +354,9 @@ class Engine:
         self._answers.accept(output)
 
     def _note_end(self, request: Request) -> None:
-        del self._requests[request.id]
-        self._counts.num_finished += 1
-        self._finished.append(request)
+        if self._requests.pop(request.id, None) is not None:
+            self._counts.num_finished += 1
+            self._finished.append(request)
 
     def __repr__(self) -> str:
         name = type(self.model).__name__

@@ -147,10 +147,6 @@ class Request:
             return []
         return [continuation for continuation in self.live[1:] if continuation.seq is None]
 
-    def stop_of(self, continuation: Continuation) -> int:
-        """How many of its tokens a continuation has to compute: the trunk first those that its followers need too."""
-        return self.num_shared if self.followers else len(continuation.ids)
-
     def fork_followers(self) -> bool:
         """Lets all continuations go on by themselves, once the trunk has computed what they have in common; True when
         they do so now."""

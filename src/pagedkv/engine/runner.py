@@ -62,8 +62,9 @@ class StepRunner:
             output = self._forward(works, batch)
             commit(self._manager, works)
         except BaseException:
+            self._manager.stats()  # after an interrupt inside of the manager: settles what state the sequences are in
             for work in works:
-                if not work.seq.is_closed:
+                if work.seq.state == "on pages":
                     work.seq.truncate(work.start)
             raise
         return output

@@ -8,7 +8,6 @@ from ..errors import OutOfPagesError
 from ..kernels.compare_key import common_prefix_len
 from ..management.manager import KVCacheManager
 from ..management.sequence import Sequence
-from .beam_group import is_torn, take_tokens
 from .page_needs import num_pages_in_all, num_pages_to_come
 from .request import Request
 from .schedule import Schedule, Work, due_works, reserve, within
@@ -38,7 +37,6 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self._shares_prefixes = shares_prefixes
         self._leaders: dict[int, tuple[Request, int]] = {}
-        self._is_step_open = False
         self.waiting: list[Request] = []
         self.running: list[Request] = []
 
@@ -57,9 +55,6 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The work of the next step, reserved together. Nothing is reserved, and nobody admitted, when it raises."""
-        if self._is_step_open:
-            self._take_back_what_was_broken_off()
-        self._is_step_open = True
         schedule = Schedule()
         due = [work for request in self.running for work in due_works(request)]
         schedule.works = within(due, self._max_batch_tokens)
@@ -74,25 +69,13 @@ class Scheduler:
             raise
         return schedule
 
-    def finish_step(self) -> None:
-        """Says that all that was scheduled is computed and taken up. Without it the next step looks for what is not."""
-        self._is_step_open = False
-
-    def _take_back_what_was_broken_off(self) -> None:
-        """An interrupt (Ctrl-C) may end a step anywhere: slots reserved in it, and a token that was computed but not
-        sampled, are to be computed again."""
+    def put_all_back(self) -> None:
+        """After an interrupt, wherever it came: all requests wait, and nobody has pages."""
         for request in list(self.running):
-            seqs = [(continuation.seq, request.stop_of(continuation)) for continuation in request.live]
-            if is_torn(request):
-                take_tokens(request)
-                self._preempt(request)
-            elif seqs[0][0] is None or any(seq is not None and seq.is_closed for seq, _ in seqs):
-                self._preempt(request)  # it was giving its pages back
-            else:
-                for seq, stop in seqs:
-                    if seq is not None:
-                        # Also pages that it has got and no tokens yet.
-                        seq.truncate(min(seq.num_committed, stop - 1))
+            self._preempt(request)
+        for request in self.waiting:
+            request.give_pages_back()
+        self._leaders.clear()
 
     def _reserve(self, schedule: Schedule) -> None:
         """Reserves for all works; the newest running requests give their pages back until those of the others fit."""
@@ -102,8 +85,8 @@ class Scheduler:
                 return
             except OutOfPagesError as error:
                 newest = self.running[-1]
-                if len(self.running) == 1:
-                    # Whoever has the pages is not one of ours.
+                if len(self.running) == 1 and newest in schedule.admitted:
+                    # Whoever has the pages is not one of ours. What ran before may need a copy now, and be admitted.
                     schedule.failed.append((newest, error))
                     schedule.works = []
                     return
@@ -118,6 +101,7 @@ class Scheduler:
     def _put_back(self, request: Request) -> None:
         request.give_pages_back()
         # In an order in which an interrupt leaves it in a list.
+        request.status = "waiting"
         if request not in self.waiting:
             self.add(request)
         if request in self.running:

@@ -99,8 +99,18 @@ class TextStream:
     """The text of one request: tokens in, text that may be shown out."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopStrings(stops)
+        self._tokenizer, self._strings = tokenizer, stops
+        self.restart()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self._is_stopped
+
+    def restart(self) -> None:
+        """Begins anew, with no tokens."""
+        self._detokenizer = Detokenizer(self._tokenizer)
+        self._stops = StopStrings(self._strings)
         self._is_stopped = False
 
     def push(self, token_id: int) -> TextPiece:

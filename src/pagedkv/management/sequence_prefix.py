@@ -46,7 +46,7 @@ class SequencePrefix(SequencePages):
         pages = self._page_view(first // page_size, full // page_size)
         if not (self._budget.allocator.owner_counts_of(pages) > 1).any():
             return
-        ids = np.concatenate([self._rows.tokens.view(self._row, first, committed), new_ids])
+        ids = np.concatenate([self._rows.tokens.view(self._row, 0, committed), new_ids])[first:]
         for fork in self._ledger.live.values():
             if fork is not self and fork._row >= 0 and fork._cache is self._cache:
                 num_shared = common_prefix_len(fork._page_view(first // page_size), pages) * page_size
