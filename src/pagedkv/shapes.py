@@ -115,6 +115,8 @@ def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 def check_int(name: str, value: object, minimum: int) -> None:
     """Refuses what is not an int (a bool is none) or is below `minimum`."""
+    if type(value) is int and value >= minimum:
+        return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
     if value < minimum:

@@ -32,6 +32,8 @@ class CacheHandle(NamedTuple):
     num_tokens: int
 
 
+_NO_NAMESPACE = (type(None), None)
+
 # The prefix without tokens, of every namespace: there is nothing to lock.
 EMPTY_HANDLE = CacheHandle(None, 0, 0)
 
@@ -131,7 +133,9 @@ class PrefixCache(Protocol):
 
 def namespace_key(namespace: object) -> Any:
     """A dict key that is equal only for equal values of equal types, at every depth of a tuple."""
-    if namespace is None or type(namespace) in (str, bytes, int, bool):
+    if namespace is None:
+        return _NO_NAMESPACE
+    if type(namespace) in (str, bytes, int, bool):
         return (type(namespace), namespace)
     if isinstance(namespace, tuple):
         return (tuple, tuple(map(namespace_key, namespace)))

@@ -89,8 +89,9 @@ class SequencePages:
 
     def _pages_to_add(self, num_tokens: int) -> tuple[int, bool]:
         """New pages that `num_tokens` more tokens need, and whether the last page must be replaced by a copy too."""
-        page_size, num_pages, length = self._ledger.page_size, self._num_pages, self._num_tokens
-        num_new = -(-(length + num_tokens) // page_size) - num_pages
+        rows, row, page_size = self._rows, self._row, self._ledger.page_size
+        length = rows.num_tokens.item(row)
+        num_new = -(-(length + num_tokens) // page_size) - rows.pages.size.item(row)
         return num_new, length % page_size != 0 and self._is_last_page_of_others()
 
     def _is_last_page_of_others(self) -> bool:

@@ -20,33 +20,37 @@ class SequencePrefix(SequencePages):
 
     def _commit(self, new_ids: npt.NDArray[Any]) -> None:
         """Names the next reserved tokens, and publishes what is full then."""
-        rows, row, committed = self._rows, self._row, self._num_committed
+        rows, row = self._rows, self._row
+        committed = rows.tokens.size.item(row)
         rows.put_tokens(row, committed, new_ids)
-        rows.tokens.size[row] = committed + new_ids.shape[0]
+        rows.tokens.size[row] = committed + len(new_ids)
         try:
             self._publish_full_pages()
         except Exception:
             rows.tokens.size[row] = committed
             raise
-        self._give_back_behind_window()
+        if self._window is not None:
+            self._give_back_behind_window()
 
     def _check_as_forks_committed(self, new_ids: npt.NDArray[Any]) -> None:
         """Refuses other ids than a fork has for a page that both name, when it is published or would be now."""
-        committed, num_locked = self._num_committed, self._lock_tokens
-        if self._cache is None:
+        rows, row = self._rows, self._row
+        committed, num_locked = rows.tokens.size.item(row), rows.lock_tokens.item(row)
+        has_forks = self._budget.allocator.num_extra_owners
+        if self._cache is None or not (has_forks or num_locked > committed):
             return
         if num_locked > committed:
             known = self._cache.locked_tokens(self._handle or EMPTY_HANDLE, committed)[: num_locked - committed]
             self._check_equal(known, new_ids, committed)
         page_size = self._ledger.page_size
         full = (committed + new_ids.shape[0]) // page_size * page_size
-        first = max(num_locked, self._rows.first_page.item(self._row) * page_size)
-        if not self._budget.allocator.num_extra_owners or full <= first:
+        first = max(num_locked, rows.first_page.item(row) * page_size)
+        if not has_forks or full <= first:
             return
         pages = self._page_view(first // page_size, full // page_size)
         if not (self._budget.allocator.owner_counts_of(pages) > 1).any():
             return
-        ids = np.concatenate([self._rows.tokens.view(self._row, 0, committed), new_ids])[first:]
+        ids = np.concatenate([rows.tokens.view(row, 0, committed), new_ids])[first:]
         for fork in self._ledger.live.values():
             if fork is not self and fork._row >= 0 and fork._cache is self._cache:
                 num_shared = common_prefix_len(fork._page_view(first // page_size), pages) * page_size
@@ -81,7 +85,7 @@ class SequencePrefix(SequencePages):
         Starts at the lock, not at `published`: duplicates in between are taken when the cache has dropped its own.
         """
         page_size = self._ledger.page_size
-        start = self._lock_tokens
+        start = self._rows.lock_tokens.item(self._row)
         if self._window is not None:
             start = max(start, self._rows.first_page.item(self._row) * page_size)
         if self._max_cached_pages is not None:
@@ -111,7 +115,7 @@ class SequencePrefix(SequencePages):
     def _offer(self, cache: PrefixCache, stop: int, only_new: bool) -> InsertResult:
         """Gives the cache the tokens [end of the lock, stop); counts are of these."""
         rows, row, page_size, priority = self._rows, self._row, self._ledger.page_size, self._priority
-        handle, start = self._handle, self._lock_tokens
+        handle, start = self._handle, rows.lock_tokens.item(row)
         if (
             handle is not None
             and handle.num_tokens == start

@@ -72,7 +72,9 @@ def _whole(method: _Method[_Self, _Args, _Result], when_inside: _WhenInside) -> 
             except Exception:
                 _finish(budget)
                 raise
-            _finish(budget)
+            if budget.waiting or budget.verify is not None:
+                _finish(budget)
+            budget.is_torn = False
             return result
 
     return cast("_Method[_Self, _Args, _Result]", call)
