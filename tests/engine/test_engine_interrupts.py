@@ -1,7 +1,6 @@
 """An engine whose steps are ended by an interrupt at each bytecode in turn, and what the next steps make of it."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pagedkv.engine
 from pagedkv import check_integrity
 from pagedkv.engine import Engine, SamplingParams, answers, beam_group, beam_search, continuation, scheduler
 from pagedkv.management.manager import KVCacheManager
+from pagedkv.testing.interrupts import Interrupter
 from pagedkv.testing.tiny_models import byte_tokenizer, tiny_model
 
 FILES = Path(pagedkv.engine.__file__).parent
@@ -18,33 +18,9 @@ STRIDE = int(os.environ.get("PAGEDKV_INTERRUPT_STRIDE", "13"))
 GREEDY, BEAMS = SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=4, num_beams=3, num_return_sequences=3)
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before the n-th bytecode of one piece of code, its first calls left out."""
-
-    def __init__(self, code, number, num_skipped=0):
-        self.code, self.number, self.num_skipped, self.has_struck = code, number, num_skipped, False
-
-    def __enter__(self):
-        self.previous = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_):
-        sys.settrace(self.previous)
-
-    def _trace(self, frame, event, _):
-        if self.has_struck or frame.f_code is not self.code:
-            return None
-        if event == "call":
-            self.num_skipped -= 1
-            if self.num_skipped >= 0:
-                return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            if self.number == 0:
-                self.has_struck = True
-                raise KeyboardInterrupt
-            self.number -= 1
-        return self._trace
+def interrupter_in(code, number, num_skipped=0):
+    """Of the bytecodes of one piece of code, its first calls left out."""
+    return Interrupter(number, lambda called: called is code, num_skipped)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +53,7 @@ def assert_made_good(build, code, stride=STRIDE, num_skipped=0):
     expected, told, number = outcome(requests), [list(events) for events in heard], 0
     while True:
         engine, requests, heard = build()
-        interrupter = Interrupter(code, number, num_skipped)
+        interrupter = interrupter_in(code, number, num_skipped)
         try:
             with interrupter:
                 engine.run()
@@ -180,7 +156,7 @@ def test_an_interrupted_end_from_outside_is_made_good(llama, ended_by):
         while has_struck:
             engine, (first, second), _ = builder(llama, [[1, 2, 3], [4, 5, 6]], params)()
             engine.step()
-            interrupter = Interrupter(ANSWERS._end.__code__, number)
+            interrupter = interrupter_in(ANSWERS._end.__code__, number)
             try:
                 with interrupter:
                     engine.cancel(first) if ended_by == "cancel" else engine.close()

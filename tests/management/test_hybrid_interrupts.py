@@ -1,7 +1,7 @@
 """A hybrid manager whose calls are ended by an interrupt: its parts are equal again, and all goes on."""
 
 import pytest
-from test_interrupts import STRIDE, Interrupter, Tier
+from test_interrupts import STRIDE, Tier, interrupter_at
 
 from pagedkv import HybridKVCacheManager, LayerGroup, check_integrity
 
@@ -99,7 +99,7 @@ def test_parts_are_equal_after_an_interrupt_anywhere(name):
     number = 0
     while True:
         world = World()
-        interrupter = Interrupter(number)
+        interrupter = interrupter_at(number)
         try:
             with interrupter:
                 CALLS[name](world)

@@ -1,7 +1,6 @@
 """A manager whose calls are ended by an interrupt at each bytecode in turn, and what the next calls find."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 import pagedkv.management
 from pagedkv import KVCacheManager, RadixCache, check_integrity
+from pagedkv.testing.interrupts import Interrupter
 
 FILES = Path(pagedkv.management.__file__).parent
 # Signals are handled between calls, never between a lock's release and the end of its block; a trace knows no better.
@@ -18,31 +18,14 @@ PAGE_SIZE, NUM_PAGES = 2, 24
 STRIDE = int(os.environ.get("PAGEDKV_INTERRUPT_STRIDE", "7"))
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before the n-th bytecode that the management runs in the block."""
+def interrupter_at(number, only=None):
+    """Of the management's bytecodes, or of those of one file."""
 
-    def __init__(self, number, only=None):
-        self.number, self.only, self.has_struck = number, only, False
+    def is_meant(code):
+        name = code.co_filename
+        return name == only if only else name.startswith(str(FILES)) and name not in NOT_INTERRUPTED
 
-    def __enter__(self):
-        self.previous = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_):
-        sys.settrace(self.previous)
-
-    def _trace(self, frame, event, _):
-        name = frame.f_code.co_filename
-        is_meant = name == self.only if self.only else name.startswith(str(FILES)) and name not in NOT_INTERRUPTED
-        if self.has_struck or not is_meant:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            if self.number == 0:
-                self.has_struck = True
-                raise KeyboardInterrupt
-            self.number -= 1
-        return self._trace
+    return Interrupter(number, is_meant)
 
 
 class Tier:
@@ -170,7 +153,7 @@ def test_books_agree_after_an_interrupt_anywhere(cache, name):
     number, stride = 0, STRIDE if cache is True else 4 * STRIDE
     while True:
         world = World(cache)
-        interrupter = Interrupter(number)
+        interrupter = interrupter_at(number)
         try:
             with interrupter:
                 CALLS[name](world)
@@ -188,12 +171,12 @@ def test_settling_can_be_interrupted_too():
     while True:
         world = World(True)
         try:
-            with Interrupter(60):
+            with interrupter_at(60):
                 world.seqs["first"].append(9)
         except KeyboardInterrupt:
             pass
         assert world.manager._budget.is_torn
-        interrupter = Interrupter(number, only=str(FILES / "settle.py"))
+        interrupter = interrupter_at(number, only=str(FILES / "settle.py"))
         try:
             with interrupter:
                 world.manager.stats()
@@ -214,7 +197,7 @@ def test_sequences_keep_their_pages_and_the_cache_is_empty():
     number = 0
     while not manager._budget.is_torn:
         number += 10
-        with pytest.raises(KeyboardInterrupt), Interrupter(number):
+        with pytest.raises(KeyboardInterrupt), interrupter_at(number):
             manager.open([1, 2, 3, 4])
     assert manager.open([1, 2, 3, 4]).num_cached_tokens == 0
     assert kept.page_ids == pages
