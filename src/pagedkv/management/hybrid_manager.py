@@ -236,7 +236,7 @@ class HybridKVCacheManager:
         self._parts([seq], "swap_out")
         if chosen is None:
             raise ValueError("tier must be given here or to the manager, got None. Use drop to compute it again.")
-        swap_out_parts(self._budget, seq.parts, chosen)
+        swap_out_parts(seq.parts, chosen)
 
     @whole_call
     def drop(self, seq: HybridSequence) -> None:
@@ -253,7 +253,7 @@ class HybridKVCacheManager:
         if seq.state not in ("swapped out", "dropped"):
             raise ValueError(f"seq must be swapped out or dropped to be swapped in, got one that is {seq.state}.")
         if seq.state == "swapped out":
-            swap_in_parts(self._budget, seq.parts)
+            swap_in_parts(seq.parts)
             return np.empty(0, np.int64)
         ids = np.array(seq.token_ids, np.int64)
         known = self._num_found(ids, seq.namespace)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .page_budget import PageBudget
 from .sequence import Sequence
 from .swap_tier import SwapTier
 
 __all__ = ["swap_in_parts", "swap_out_parts"]
 
 
-def swap_out_parts(budget: PageBudget, parts: tuple[Sequence, ...], tier: SwapTier) -> None:
+def swap_out_parts(parts: tuple[Sequence, ...], tier: SwapTier) -> None:
     """Saves all pages of all parts, then gives them back. What the tier raises leaves everything as it was."""
     tickets: list[Any] = []
     for part in parts:
@@ -27,7 +26,7 @@ def swap_out_parts(budget: PageBudget, parts: tuple[Sequence, ...], tier: SwapTi
         part._put_away("swapped out", (tier, ticket))
 
 
-def swap_in_parts(budget: PageBudget, parts: tuple[Sequence, ...]) -> None:
+def swap_in_parts(parts: tuple[Sequence, ...]) -> None:
     """Loads all pages of all parts; when one cannot be, those before it go away again, their copies still saved."""
     loaded: list[Sequence] = []
     try:
