@@ -53,7 +53,7 @@ def test_chunks_are_used_again():
         heap.clear(0)
         heap.extend(0, np.arange(1000, dtype=np.int32))
     heap.truncate(0, 10)
-    heap.reserve(1, 900)
+    heap.extend(1, ints(), 900)
     assert heap.num_bytes == num_bytes
     assert rows_of(heap) == [list(range(10)), list(range(5))]
 
@@ -69,9 +69,9 @@ def ints(*values):
     return np.array(values, np.int32)
 
 
-def snapshot_of(heap, rows, **options):
+def snapshot_of(heap, rows):
     rows = np.array(rows, np.int64)
-    return heap.snapshot(rows, heap.size[rows].astype(np.int32), **options)
+    return heap.snapshot(rows, heap.size[rows].astype(np.int32))
 
 
 def rows_read(snapshot):
@@ -102,38 +102,19 @@ def test_a_snapshot_is_what_the_rows_were(change):
     assert before.read()[1] is before.read()[1]
 
 
-@pytest.mark.parametrize("num_between", [1, 2, 9])
-def test_a_snapshot_of_rows_with_one_more_entry_is_joined_from_the_one_before(num_between):
-    heap = make_heap([], *([number] * (number % 3) for number in range(39)), [])
-    rows = [*range(40, -1, -1)]
-    taken = [(snapshot_of(heap, rows), [rows_of(heap)[row] for row in rows])]
-    for number in range(8):
-        # The first and the last, neighbours, and now and then one that was empty.
-        grown = [0, 7, 8, 20 + number, 40]
-        values = np.arange(5, dtype=np.int32) + 10 * number
-        heap.append_each(np.array([rows[place] for place in grown]), values)
-        sizes = heap.size[rows].astype(np.int32)
-        taken.append((taken[-1][0].lengthened(sizes, np.array(grown), values), [rows_of(heap)[row] for row in rows]))
-        if number % num_between == num_between - 1:
-            assert rows_read(taken[-1][0]) == taken[-1][1]
-    for row in rows:
-        heap.clear(row)
-    for snapshot, expected in taken:
-        assert rows_read(snapshot) == expected
-
-
-def test_a_snapshot_is_joined_where_empty_rows_at_the_end_have_grown():
-    heap = make_heap([1], [], [])
-    first = snapshot_of(heap, [0, 1, 2])
-    first.read()
-    heap.append_each(np.array([1, 2]), ints(7, 8))
-    assert rows_read(first.lengthened(ints(1, 1, 1), np.array([1, 2]), ints(7, 8))) == [[1], [7], [8]]
-
-
 def test_a_snapshot_reads_entries_below_0_as_0():
-    heap = make_heap([-1, -1, 3], [4])
-    assert rows_read(snapshot_of(heap, [0, 1], has_negative=True)) == [[0, 0, 3], [4]]
-    assert rows_read(snapshot_of(heap, [0, 1])) == [[-1, -1, 3], [4]]
+    heap = make_heap([-1, -1, 3], [4], [-1, 5])
+    snapshot = snapshot_of(heap, [0, 1, 2])
+    heap.clear(2)
+    assert rows_read(snapshot) == [[0, 0, 3], [4], [0, 5]]
+
+
+def test_a_row_longer_than_all_that_is_left_of_the_buffer_is_read():
+    heap = make_heap([1], range(500))
+    snapshot = snapshot_of(heap, [1, 0])
+    heap.clear(1)
+    heap.put(0, 0, ints(7))
+    assert rows_read(snapshot) == [list(range(500)), [1]]
 
 
 def test_snapshots_that_are_read_or_gone_are_not_kept_up():
@@ -152,7 +133,7 @@ INTERRUPTED = {
     "extend in a freed chunk": lambda heap: (heap.clear(3), heap.extend(0, ints(*range(3)))),
     "put": lambda heap: heap.put(1, 2, ints(*range(100, 130))),
     "put inside": lambda heap: heap.put(1, 0, ints(77)),
-    "reserve": lambda heap: heap.reserve(2, 100),
+    "extend and more": lambda heap: heap.extend(2, ints(4), 100),
     "truncate": lambda heap: heap.truncate(3, 2),
     "clear": lambda heap: heap.clear(3),
     "append_each": lambda heap: heap.append_each(np.array([0, 3, 1]), ints(5, 6, 7)),

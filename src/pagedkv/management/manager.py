@@ -256,15 +256,10 @@ class KVCacheManager:
         """The page table of a batch, reserved tokens included, on the pool's device."""
         ledger, chosen = self._ledger, list(seqs)
         check_on_pages(ledger, "seqs", chosen, "page_table")
-        rows = np.fromiter((seq._row for seq in chosen), np.int64, len(chosen))
-        indptr = np.zeros(len(chosen) + 1, np.int32)
-        np.cumsum(ledger.rows.pages.size[rows], out=indptr[1:])
-        pages = np.concatenate([np.empty(0, np.int32), *(seq.row_pages() for seq in chosen)])
-        if ledger.rows.first_page[rows].any():
-            np.maximum(pages, 0, out=pages)
-        lengths = ledger.rows.num_tokens[rows].astype(np.int32)
-        last = np.where(lengths > 0, (lengths - 1) % ledger.page_size + 1, 0).astype(np.int32)
-        return BookedTable(indptr, pages, last, lengths, ledger.page_size, self.num_pages - 1, self._budget.device)
+        books, rows = ledger.rows, np.fromiter((seq._row for seq in chosen), np.int64, len(chosen))
+        indptr, indices = books.pages.snapshot(rows, books.pages.size[rows].astype(np.int32)).read()
+        lengths = books.num_tokens[rows].astype(np.int32)
+        return BookedTable(indptr, indices, lengths, ledger.page_size, self.num_pages - 1, self._budget.device)
 
     def pin(self, token_ids: TokenIds, namespace: Namespace = None) -> PinnedPrefix:
         """Keeps what is cached of `token_ids` now, in whole pages, from being evicted until it is unpinned."""

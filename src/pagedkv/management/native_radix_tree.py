@@ -239,7 +239,7 @@ class NativeRadixTree:
         if num_cached < 0:
             ids = as_plain_token_array("token_ids", token_ids)
             num_cached = call(*where, ids, np.array(as_page_array(pages), np.int64), only_new, priority)
-        _, _, _, node, version, num_tokens, parent_page, root, *_ = self._state.tolist()
+        _, _, _, node, version, num_tokens, parent_page, root = self._state.tolist()
         handle = CacheHandle(node, version, num_tokens) if num_tokens else EMPTY_HANDLE
         return Growth(num_cached, handle, parent_page if parent_page >= 0 else None, root)
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.gather_rows import gather_rows
+
 __all__ = ["RowHeap", "RowSnapshot"]
 
 _SMALLEST_CHUNK = 16
 # A snapshot is read as a whole when it would keep more than one row in so many: in the end that is less work.
 _MOST_KEPT = 16
 
-_Csr = tuple[npt.NDArray[np.int32], npt.NDArray[Any]]
+_Csr = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
 class RowHeap:
@@ -63,23 +65,21 @@ class RowHeap:
         base = self.start.item(row)
         return self.flat[base + start : base + (self.size.item(row) if stop is None else stop)]
 
-    def snapshot(
-        self, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], *, has_negative: bool = False
-    ) -> RowSnapshot:
-        """The rows `rows` as they are now, to be read later; `sizes` are theirs. Neither is written to any more.
-
-        has_negative: there are entries below 0, to be read as 0.
+    def snapshot(self, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32]) -> RowSnapshot:
+        """The rows `rows`, of int32, as they are now, to be read later; `sizes` are theirs. Neither is written to any
+        more.
         """
-        made = RowSnapshot(self, rows, sizes, has_negative)
+        made = RowSnapshot(self, rows, sizes)
         self._snapshots.add(weakref.ref(made, self._snapshots.discard))
         return made
 
-    def extend(self, row: int, values: npt.NDArray[Any]) -> None:
-        """Appends `values` to a row."""
+    def extend(self, row: int, values: npt.NDArray[Any], num_expected: int = 0) -> None:
+        """Appends `values` to a row, and makes room for one of `num_expected` entries."""
         size = self.size.item(row)
         needed = size + len(values)
-        if needed > self._capacity.item(row):
-            self._move(row, needed)
+        room = needed if needed > num_expected else num_expected
+        if room > self._capacity.item(row):
+            self._move(row, room)
         base = self.start.item(row)
         self.flat[base + size : base + needed] = values
         self.size[row] = needed
@@ -93,11 +93,6 @@ class RowHeap:
             self._move(row, needed)
         base = self.start.item(row)
         self.flat[base + at : base + needed] = values
-
-    def reserve(self, row: int, num_entries: int) -> None:
-        """Makes room for a row of `num_entries`."""
-        if num_entries > self._capacity.item(row):
-            self._move(row, num_entries)
 
     def truncate(self, row: int, size: int) -> None:
         """Keeps the first `size` entries of a row."""
@@ -190,69 +185,37 @@ class RowSnapshot:
     sizes: of the rows, int32.
     """
 
-    __slots__ = ("__weakref__", "_before", "_csr", "_has_negative", "_heap", "_kept", "_rows", "sizes")
+    __slots__ = ("__weakref__", "_csr", "_heap", "_kept", "_rows", "sizes")
 
-    def __init__(
-        self, heap: RowHeap, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], has_negative: bool
-    ) -> None:
+    def __init__(self, heap: RowHeap, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32]) -> None:
         self._heap = heap
         self._rows = rows
         self.sizes = sizes
-        self._has_negative = has_negative
-        self._kept: dict[int, npt.NDArray[Any]] = {}
+        self._kept: dict[int, npt.NDArray[np.int32]] = {}
         self._csr: _Csr | None = None
-        # What was read of an earlier snapshot, which rows have one entry more here, and those entries.
-        self._before: tuple[_Csr, npt.NDArray[np.int64], npt.NDArray[Any]] | None = None
-
-    def lengthened(
-        self, sizes: npt.NDArray[np.int32], grown: npt.NDArray[np.int64], values: npt.NDArray[Any]
-    ) -> RowSnapshot:
-        """The same rows now, when nothing but an entry values[i] behind the row at grown[i] is new; what was read of
-        the others is used again.
-        """
-        made = self._heap.snapshot(self._rows, sizes, has_negative=self._has_negative)
-        if self._csr is not None:
-            made._before = self._csr, grown, values
-        return made
 
     def read(self) -> _Csr:
-        """Where each row begins, and the rows one behind the other: the same two arrays in each call."""
+        """Where each row begins, and the rows one behind the other, with 0 for entries below 0: the same two arrays in
+        each call.
+        """
         csr = self._csr
         if csr is None:
             indptr = np.empty(self.sizes.shape[0] + 1, np.int32)
             indptr[0] = 0
             np.add.accumulate(self.sizes, out=indptr[1:])
-            csr = self._csr = indptr, self._values() if self._before is None else self._joined(*self._before, indptr)
+            values = self._values(indptr)
+            csr = self._csr = indptr, values
             self._heap._snapshots.discard(weakref.ref(self))
-            self._before = None
             self._kept = {}
         return csr
 
-    def _values(self) -> npt.NDArray[Any]:
-        flat, starts = self._heap.flat, self._heap.start[self._rows]
-        stops = starts + self.sizes
-        parts = [flat[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    def _values(self, indptr: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        starts = self._heap.start[self._rows]
+        for number in self._kept:
+            starts[number] = 0  # anywhere: what lies there is replaced
+        values = gather_rows(self._heap.flat, starts, indptr)
         for number, kept in self._kept.items():
-            parts[number] = kept
-        values = np.concatenate([flat[:0], *parts])
-        if self._has_negative:
-            np.maximum(values, 0, out=values)
-        return values
-
-    @staticmethod
-    def _joined(
-        before: _Csr, grown: npt.NDArray[np.int64], new: npt.NDArray[Any], indptr: npt.NDArray[np.int32]
-    ) -> npt.NDArray[Any]:
-        """What was read before, copied in the parts between two new entries, and those."""
-        old_indptr, old = before
-        parts, done, ends = [], 0, old_indptr[1:][grown].tolist()
-        for end in ends:
-            # With one entry more than belongs there, which keeps the place of the new one.
-            parts.append(old[done : end + 1])
-            done = end
-        parts.append(old[done:] if done < len(old) else np.empty(ends.count(done), old.dtype))
-        values = np.concatenate(parts)
-        values[indptr[1:][grown] - 1] = new
+            np.maximum(kept, 0, out=values[indptr.item(number) : indptr.item(number + 1)])
         return values
 
     def _keep(self, row: int, start: int) -> None:

@@ -55,16 +55,9 @@ class SequenceRows:
         self.num_tokens[row] = self.lock_tokens[row] = self.published[row] = 0
         self.first_page[row] = self.window[row] = 0
         self.is_new[row] = True
-        num_tokens = len(tokens)
-        if num_expected > num_tokens:
-            self.tokens.reserve(row, num_expected)
-        if num_tokens:
-            self._make_fit(tokens)
-            self.tokens.extend(row, tokens)
-        if num_expected_pages > len(pages):
-            self.pages.reserve(row, num_expected_pages)
-        if len(pages):
-            self.pages.extend(row, pages)
+        self._make_fit(tokens)
+        self.tokens.extend(row, tokens, num_expected)
+        self.pages.extend(row, pages, num_expected_pages)
         self.changed(row)
         return row
 

@@ -103,16 +103,16 @@ class BookedTable(PageTable):
         self,
         indptr: PageArray,
         indices: PageArray,
-        last_page_len: PageArray,
         seq_lens: PageArray,
         page_size: int,
         max_page: int,
         device: torch.device,
     ) -> None:
         self.indptr, self.indices = torch.from_numpy(indptr), torch.from_numpy(indices)
-        self.last_page_len, self._seq_lens = torch.from_numpy(last_page_len), torch.from_numpy(seq_lens)
+        self._seq_lens = torch.from_numpy(seq_lens)
         if device.type != "cpu":
             self.indptr, self.indices = self.indptr.to(device), self.indices.to(device)
-            self.last_page_len, self._seq_lens = self.last_page_len.to(device), self._seq_lens.to(device)
+            self._seq_lens = self._seq_lens.to(device)
+        self._last_page_len = None
         self.page_size = page_size
         self._max_page = max_page

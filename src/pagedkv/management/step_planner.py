@@ -127,11 +127,8 @@ class StepPlanner:
         """The CSR form of the step that had this snapshot of the table and these lengths."""
         with self._ledger.budget.lock:
             indptr, indices = snapshot.read()
-        page_size, seq_lens = self._ledger.page_size, lengths.astype(np.int32)
-        last = snapshot.sizes * -page_size
-        last += seq_lens
-        last += page_size
-        return BookedTable(indptr, indices, last, seq_lens, page_size, self._max_page, self._device)
+        seq_lens = lengths.astype(np.int32)
+        return BookedTable(indptr, indices, seq_lens, self._ledger.page_size, self._max_page, self._device)
 
     def table_rows(self) -> Iterator[tuple[Sequence, PageArray]]:
         """The entries of the CSR form, of sequences that were not changed since the last step otherwise."""

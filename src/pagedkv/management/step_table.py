@@ -23,8 +23,7 @@ class StepTable:
     num_pages: [S] pages of each row, made anew by each change. last_pages: [S] its last page, -1 for none.
     locked_tails: [S] whether a row ends inside a page that is under its lock of the prefix cache.
     snapshot: the CSR form, with 0 for pages that a window gave back. It is put together only when somebody asks for it,
-            and is then what the table is now, whatever happens to the rows until then. Read in every step, it is joined
-            from the one before and the pages that are new.
+            and is then what the table is now, whatever happens to the rows until then.
     The dense form is one buffer in which only changed entries are written; it exists once it was asked for.
     version: differs after every change.
     """
@@ -50,7 +49,6 @@ class StepTable:
         self.last_pages[has_pages] = books.pages.flat[last[has_pages]]
         is_partial = books.num_tokens[rows] % self._page_size != 0
         self.locked_tails = is_partial & (books.lock_tokens[rows] > (sizes - 1) * self._page_size)
-        self._has_gaps = bool(np.count_nonzero(books.first_page[rows]))
         if changed is None:
             self._dense = None
         elif self._dense is not None:
@@ -77,10 +75,7 @@ class StepTable:
             columns = np.repeat(new - stops, counts) + np.arange(pages.shape[0])
         self.num_pages = self.num_pages.copy()
         self.num_pages[grown] = new
-        if counts is None:
-            self.snapshot = self.snapshot.lengthened(self.num_pages, grown, pages)
-        else:
-            self._take_snapshot(rows)
+        self._take_snapshot(rows)
         if self._dense is not None:
             self._longest = max(self._longest, int(new.max()))
             self._widen(self._dense)[numbers, columns] = pages
@@ -111,7 +106,7 @@ class StepTable:
         return torch.from_numpy(self._dense[:, : self._longest])
 
     def _take_snapshot(self, rows: Counts) -> None:
-        self.snapshot = self._books.pages.snapshot(rows, self.num_pages, has_negative=self._has_gaps)
+        self.snapshot = self._books.pages.snapshot(rows, self.num_pages)
 
     def _put_rows(self, dense: npt.NDArray[np.int32], rows: Counts, numbers: list[int]) -> None:
         for number in numbers:

@@ -25,7 +25,10 @@ class PageTable:
     ([0, 2, 3], [3, 7, 5], [4, 4])
     """
 
-    __slots__ = ("_max_page", "_seq_lens", "indices", "indptr", "last_page_len", "page_size")
+    __slots__ = ("_last_page_len", "_max_page", "_seq_lens", "indices", "indptr", "page_size")
+
+    # None where nobody has asked for it yet.
+    _last_page_len: torch.Tensor | None
 
     def __init__(
         self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, *, page_size: int
@@ -44,16 +47,17 @@ class PageTable:
                 f"got {list(indptr.shape)}."
             )
         # Copies: what was checked stays as it was, whatever the caller does with its buffers in the next step.
-        self.indptr, self.indices, self.last_page_len = (
+        self.indptr, self.indices, last_page_len = (
             tensor.clone(memory_format=torch.contiguous_format) for tensor in (indptr, indices, last_page_len)
         )
         self.page_size = page_size
-        self._check_entries()
+        self._last_page_len = last_page_len
+        self._check_entries(last_page_len)
 
-    def _check_entries(self) -> None:
+    def _check_entries(self, last_page_len: torch.Tensor) -> None:
         """One pass over host copies; sets the two values that are derived from the entries."""
         indptr, indices = self.indptr.cpu().numpy(), self.indices.cpu().numpy()
-        last = self.last_page_len.cpu().numpy()
+        last = last_page_len.cpu().numpy()
         if indptr[0] != 0:
             raise ValueError(f"indptr must start with 0, got {indptr[0]}.")
         num_pages = indptr[1:].astype("int64") - indptr[:-1]
@@ -143,7 +147,16 @@ class PageTable:
     @property
     def num_seqs(self) -> int:
         """S, the sequences of the batch."""
-        return int(self.last_page_len.shape[0])
+        return self.indptr.shape[0] - 1
+
+    @property
+    def last_page_len(self) -> torch.Tensor:
+        """Tokens in the last page of each sequence, [S] int32: 1..page_size, 0 for no pages."""
+        if self._last_page_len is None:
+            num_pages = self.indptr[1:] - self.indptr[:-1]
+            # A sequence without pages has no tokens either.
+            self._last_page_len = self._seq_lens - (num_pages - 1).clamp(min=0) * self.page_size
+        return self._last_page_len
 
     @property
     def max_page(self) -> int:
