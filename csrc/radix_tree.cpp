@@ -78,6 +78,13 @@ RadixTreeGrowth RadixTree::extend(RadixTreeHandle handle, TokenSpan ids, const i
   return growth;
 }
 
+bool RadixTree::ends_growing_leaf(RadixTreeHandle handle) const {
+  if (!is_current(handle)) return false;
+  const RadixTreeNode& node = at(handle.node);
+  return node.parent >= 0 && node.num_children == 0 && node.anchors == 1 &&
+         handle.num_tokens / page_size_ == node.num_before + node.run.num_pages();
+}
+
 void RadixTree::lock(RadixTreeHandle handle) {
   check_current(handle);
   const int32_t named = static_cast<int32_t>(handle.node);

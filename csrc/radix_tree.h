@@ -67,6 +67,8 @@ class RadixTree {
   RadixTreeHandle match(int64_t root, TokenSpan ids, int32_t* pages);
   RadixTreeGrowth insert(int64_t root, TokenSpan ids, const int32_t* pages, bool only_new, int64_t priority);
   RadixTreeGrowth extend(RadixTreeHandle handle, TokenSpan ids, const int32_t* pages, bool only_new, int64_t priority);
+  /// Whether the prefix ends with its node, and tokens behind it would only lengthen that: a leaf that is locked once.
+  bool ends_growing_leaf(RadixTreeHandle handle) const;
   /// Protects the node that the handle says and all above it: also what the node grew by behind the handle's end.
   void lock(RadixTreeHandle handle);
   void unlock(RadixTreeHandle handle);

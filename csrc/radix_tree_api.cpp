@@ -135,6 +135,33 @@ int64_t extend(Tree& self, int64_t node, int64_t version, int64_t num_tokens, co
   return leave_growth(self, self.tree.extend({node, version, num_tokens}, span, checked, only_new, priority));
 }
 
+/// Extends each prefix that ends with a leaf which can grow, and says of each whether it did: those of other prefixes, and of
+/// pages that the tree refuses, are left as they are. Shapes: handles [n, 3] int64; tokens, pages: rows of all prefixes, of which
+/// the i-th one's begin at token_starts[i], page_starts[i] and have counts[i] pages; priorities [n] int64; grown [n] bool.
+void extend_leaves(Tree& self, const TensorView& handles, const TensorView& tokens, const TensorView& token_starts,
+                   const TensorView& pages, const TensorView& page_starts, const TensorView& counts,
+                   const TensorView& priorities, const TensorView& grown) {
+  const Turn turn(self);
+  const bool is_wide = is_dtype(tokens, kDLInt, 64);
+  for (int64_t i = 0; i < counts.numel(); ++i) {
+    const int64_t* row = data<int64_t>(handles) + 3 * i;
+    const RadixTreeHandle handle{row[0], row[1], row[2]};
+    const int64_t num_pages = data<int64_t>(counts)[i], num_tokens = num_pages * self.tree.page_size();
+    const int64_t token = data<int64_t>(token_starts)[i], page = data<int64_t>(page_starts)[i];
+    if (num_pages < 0 || token < 0 || token + num_tokens > tokens.numel() || page < 0 || page + num_pages > pages.numel())
+      TVM_FFI_THROW(ValueError) << "rows must lie in tokens and pages, got row " << i << " of " << num_pages << " pages.";
+    data<bool>(grown)[i] = false;
+    if (!self.tree.ends_growing_leaf(handle)) continue;
+    const TokenSpan span{data<char>(tokens) + token * item_bytes(tokens), is_wide, num_tokens};
+    try {
+      self.tree.extend(handle, span, data<int32_t>(pages) + page, true, data<int64_t>(priorities)[i]);
+      data<bool>(grown)[i] = true;
+    } catch (const tvm::ffi::Error&) {
+      // Whoever extends this one alone is told why.
+    }
+  }
+}
+
 /// One row a node: its numbers in the order of kNumColumns columns.
 void describe(Tree& self, const TensorView& rows) {
   int64_t* row = data<int64_t>(rows);
@@ -196,6 +223,11 @@ Map<String, Function> make_radix_tree(int64_t page_size, int64_t order, Optional
                                    bool only_new, int64_t priority) {
     return extend(*self, node, version, num_tokens, ids, pages, only_new, priority);
   });
+  add_call(calls, "extend_leaves",
+           [self](TensorView handles, TensorView tokens, TensorView token_starts, TensorView pages, TensorView page_starts,
+                  TensorView counts, TensorView priorities, TensorView grown) {
+             extend_leaves(*self, handles, tokens, token_starts, pages, page_starts, counts, priorities, grown);
+           });
   add_call(calls, "lock", [self](int64_t node, int64_t version, int64_t num_tokens) {
     const Turn turn(*self);
     self->tree.lock({node, version, num_tokens});

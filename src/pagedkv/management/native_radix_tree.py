@@ -159,6 +159,21 @@ class NativeRadixTree:
         """Adds tokens behind a prefix."""
         return self._grown(self._extend, handle, token_ids, pages, only_new, priority)
 
+    def extend_leaves(
+        self,
+        handles: npt.NDArray[np.int64],
+        tokens: npt.NDArray[Any],
+        token_starts: npt.NDArray[np.int64],
+        pages: PageArray,
+        page_starts: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        priorities: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.bool_]:
+        """Extends leaves in place; see `RadixCache.extend_leaves`."""
+        grown = np.zeros(handles.shape[0], np.bool_)
+        self._calls["extend_leaves"](handles, tokens, token_starts, pages, page_starts, counts, priorities, grown)
+        return grown
+
     def lock(self, handle: CacheHandle) -> None:
         """Protects a prefix from eviction."""
         self._lock(*handle)

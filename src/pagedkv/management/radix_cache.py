@@ -154,6 +154,28 @@ class RadixCache:
             self._log_stored(self.events, growth, handle.num_tokens, token_ids, pages)
         return InsertResult(growth.num_cached, growth.handle)
 
+    def extend_leaves(
+        self,
+        handles: list[CacheHandle],
+        tokens: npt.NDArray[Any],
+        token_starts: npt.NDArray[np.int64],
+        pages: PageArray,
+        page_starts: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        priorities: list[int],
+    ) -> npt.NDArray[np.bool_]:
+        """What `extend(only_new=True)` does for each of n locked handles, where the run that ends there only grows:
+        returns for which it did, [n]. For the others nothing was done; a step of decoding extends those alone.
+
+        Shapes: tokens, pages: rows of all of them, int32 or int64 and int32, of which the i-th one's next tokens begin
+                at token_starts[i], their pages at page_starts[i], counts[i] pages. Nothing is checked but bounds.
+        """
+        tree = self._tree
+        if self.events is not None or not isinstance(tree, NativeRadixTree):
+            return np.zeros(len(handles), np.bool_)
+        given = np.array(handles, np.int64), np.array(priorities, np.int64)
+        return tree.extend_leaves(given[0], tokens, token_starts, pages, page_starts, counts, given[1])
+
     def lock(self, handle: CacheHandle) -> None:
         """Protects the prefix that `handle` names from eviction until it is unlocked as often; none if empty."""
         if names_pages(handle, self._tree, self._first_versions):

@@ -8,11 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .ledger import PageLedger
+from .prefix_cache import CacheHandle
+from .radix_cache import RadixCache
 from .sequence import Sequence
 
 __all__ = ["check_commit", "commit"]
 
 Counts = npt.NDArray[np.int64]
+
+# One call for several has its price, too.
+_FEWEST_AT_ONCE = 4
 
 
 def commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: npt.NDArray[Any]) -> None:
@@ -25,21 +30,64 @@ def commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: np
     books, page_size = ledger.rows, ledger.page_size
     books.append_token_each(rows, token_ids)
     committed = books.tokens.size[rows]
-    full = (committed % page_size == 0).nonzero()[0].tolist()
-    num_published = 0
+    full = (committed % page_size == 0).nonzero()[0]
+    published = _extend_leaves(ledger, seqs, rows, committed, full)
     try:
-        for number in full:
+        for number in np.setdiff1d(full, published, assume_unique=True).tolist() if published else full.tolist():
             seqs[number]._publish_full_pages()
             seqs[number]._give_back_behind_window()
-            num_published += 1
+            published.append(number)
     except Exception:
-        books.tokens.size[np.delete(rows, full[:num_published])] -= 1
+        books.tokens.size[np.delete(rows, published)] -= 1
         raise
     windows = books.window[rows]
     if np.count_nonzero(windows):
         has_left = (windows > 0) & ((committed - windows + 1) // page_size > books.first_page[rows])
         for number in has_left.nonzero()[0].tolist():
             seqs[number]._give_back_behind_window()
+
+
+def _extend_leaves(
+    ledger: PageLedger, seqs: list[Sequence], rows: Counts, committed: Counts, full: Counts
+) -> list[int]:
+    """Publishes the new pages of sequences among `full` in one call, where their end of the cache only grows; returns
+    which those are.
+    """
+    cache, books, page_size = ledger.cache, ledger.rows, ledger.page_size
+    is_plain = not (ledger.limited or ledger.allocator.num_extra_owners or np.count_nonzero(books.window[rows]))
+    if type(cache) is not RadixCache or not is_plain or len(full) < _FEWEST_AT_ONCE:
+        return []
+    chosen, handles, priorities = [], [], []
+    for number, end in zip(full.tolist(), books.lock_tokens[rows[full]].tolist(), strict=True):
+        seq = seqs[number]
+        handle = seq._handle
+        # A lock of fewer tokens than its handle names was cut back by a truncate.
+        if handle is not None and handle.num_tokens == end:
+            chosen.append(number)
+            handles.append(handle)
+            priorities.append(seq._priority)
+    if not chosen:
+        return []
+    own, stops = rows[chosen], committed[chosen]
+    starts = books.lock_tokens[own]
+    grown = cache.extend_leaves(
+        handles,
+        books.tokens.flat,
+        books.tokens.start[own] + starts,
+        books.pages.flat,
+        books.pages.start[own] + starts // page_size,
+        (stops - starts) // page_size,
+        priorities,
+    )
+    books.lock_tokens[own[grown]] = books.published[own[grown]] = stops[grown]
+    published = []
+    for number, (node, version, _), stop, has_grown in zip(
+        chosen, handles, stops.tolist(), grown.tolist(), strict=True
+    ):
+        if has_grown:
+            seqs[number]._handle = CacheHandle(node, version, stop)
+            published.append(number)
+    return published
 
 
 def check_commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: npt.NDArray[Any]) -> None:
