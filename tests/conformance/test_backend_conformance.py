@@ -23,8 +23,10 @@ def cases_of(op, *words):
 NOT_OFFERED = {
     "reference": set(),
     "cpu": {*cases_of("apply_rope"), "paged_attention-widths-7-5", "mla_attention-widths-7-3"},
+    "triton": cases_of("paged_attention", "softmax-table"),
     "toy": {
         *cases_of("apply_rope"),
+        *cases_of("rope_store_kv"),
         *cases_of("mla_attention"),
         *cases_of("store_kv", "bfloat16", "float8"),
         *cases_of("gather_kv", "bfloat16", "float8"),

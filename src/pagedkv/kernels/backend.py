@@ -28,6 +28,7 @@ OPS = (
     "copy_pages",
     "quantize_kv",
     "apply_rope",
+    "rope_store_kv",
     "paged_attention",
     "mla_attention",
     "merge_states",

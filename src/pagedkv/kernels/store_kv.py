@@ -9,7 +9,7 @@ from ..spec import CACHE_DTYPES, SCALED_DTYPES
 from .backend import OpCall, select
 from .pages import between_graphs, check_kv_pages, check_no_grad, check_writable, fits_graph, to_nhd
 
-__all__ = ["store_kv"]
+__all__ = ["check_store", "store_kv"]
 
 _SCALES = frozenset({"scales"})
 
@@ -77,7 +77,27 @@ def _store_kv(
     value_scales: torch.Tensor | None = None,
 ) -> None:
     key_pages, value_pages = to_nhd(key_pages, value_pages, layout)
-    shapes = Shapes()
+    check_store(Shapes(), key, value, key_pages, value_pages, slot_mapping, layout, key_scales, value_scales)
+    if key_scales is not None:
+        dtypes = (key.dtype, value.dtype, key_pages.dtype)
+        call = OpCall("store_kv", key_pages.device.type, dtypes, features=_SCALES)
+    else:
+        call = OpCall("store_kv", key_pages.device.type, (key_pages.dtype, value_pages.dtype))
+    select(call, backend)(key, value, key_pages, value_pages, slot_mapping, key_scales, value_scales)
+
+
+def check_store(
+    shapes: Shapes,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: str,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> None:
+    """Refuses what `store_kv` does not take, but for the slots; pages in NHD order, `layout` for the words alone."""
     check_kv_pages(shapes, key_pages, value_pages, layout, quantised=True)
     shapes.check("key", key, "T Hk D")
     shapes.check("value", value, "T Hk Dv")
@@ -94,12 +114,6 @@ def _store_kv(
     check_writable("value_pages", value_pages)
     for name, tensor in (("key", key), ("value", value), ("slot_mapping", slot_mapping)):
         check_device(name, tensor, key_pages.device, "key_pages")
-    if has_scales:
-        dtypes = (key.dtype, value.dtype, key_pages.dtype)
-        call = OpCall("store_kv", key_pages.device.type, dtypes, features=_SCALES)
-    else:
-        call = OpCall("store_kv", key_pages.device.type, (key_pages.dtype, value_pages.dtype))
-    select(call, backend)(key, value, key_pages, value_pages, slot_mapping, key_scales, value_scales)
 
 
 def _check_dtype_of_tokens(name: str, tokens: torch.Tensor, of_pages: torch.dtype, has_scales: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 import pagedkv
 from pagedkv.kernels import reference
 
-__all__ = ["MERGE", "QUANTIZE", "ROPE"]
+__all__ = ["MERGE", "QUANTIZE", "ROPE", "ROPE_STORE"]
 
 
 def quantised(change):
@@ -86,6 +86,79 @@ ROPE = {
     "heads beyond 32 are not turned": (rotated(lambda out, x: out[:, 32:].copy_(x[:, 32:])), "40-heads"),
     "rows beyond 128 are not turned": (rotated(lambda out, x: out[128:].copy_(x[128:])), "200-rows"),
     "bfloat16 is cut, not rounded": (cuts_off_rotated, "bfloat16"),
+}
+
+
+def turned_and_stored(change):
+    """The arguments of the reference are changed; the last is the result."""
+
+    def run(*arguments):
+        named = dict(zip(ROPE_STORE_ARGUMENTS, arguments, strict=True))
+        reference.rope_store_kv(**{**named, **change(named)})
+
+    return run
+
+
+ROPE_STORE_ARGUMENTS = (
+    *("query", "key", "value", "positions", "rope", "key_pages", "value_pages", "slot_mapping"),
+    *("key_scales", "value_scales", "out"),
+)
+
+
+def stores_the_key_as_it_is(query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out):
+    *scales, out = scales_and_out
+    reference.apply_rope(query, positions, rope, out)
+    reference.store_kv(key, value, key_pages, value_pages, slots, *scales)
+
+
+def turns_only_what_it_stores(query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out):
+    reference.rope_store_kv(query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out)
+    out = scales_and_out[-1]
+    out[slots < 0] = query[slots < 0]
+
+
+def quantizes_the_key_before_it_is_rounded(
+    query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out
+):
+    *scales, out = scales_and_out
+    reference.apply_rope(query, positions, rope, out)
+    turned = torch.empty(key.shape, dtype=torch.float32)
+    reference.apply_rope(key.float(), positions, rope, turned)
+    if scales[0] is None:
+        turned = turned.to(key.dtype)
+    reference.store_kv(turned, value, key_pages, value_pages, slots, *scales)
+
+
+def writes_before_it_refuses(query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out):
+    reference.apply_rope(query, positions, rope, scales_and_out[-1])
+    reference.rope_store_kv(query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out)
+
+
+def lets_the_first_duplicate_win(query, key, value, positions, rope, key_pages, value_pages, slots, *scales_and_out):
+    *scales, out = scales_and_out
+    reference.apply_rope(query, positions, rope, out)
+    flipped = (t.flip(0) for t in (query, key, value, positions))
+    pages = key_pages, value_pages
+    reference.rope_store_kv(*flipped, rope, *pages, slots.flip(0), *scales, torch.empty_like(out))
+
+
+def first_heads(named):
+    heads = {name: named[name][:, :32] for name in ("key", "value")}
+    return {**heads, **{name: named[name][:, :, :32] for name in ("key_pages", "value_pages")}}
+
+
+ROPE_STORE = {
+    "keys are stored unturned": (stores_the_key_as_it_is, "half"),
+    "queries of skipped slots are not turned": (turns_only_what_it_stores, "slots-negative"),
+    "keys are quantised before they are rounded": (quantizes_the_key_before_it_is_rounded, "int8-of-bfloat16"),
+    "the result is written before a slot is refused": (writes_before_it_refuses, "refuses-a-slot-beyond"),
+    "positions are slots": (turned_and_stored(lambda named: {"positions": named["slot_mapping"]}), "slots-shuffled"),
+    "pairs are halves always": (
+        turned_and_stored(lambda named: {"rope": pagedkv.RotaryEmbedding(named["rope"].dim)}),
+        "interleaved",
+    ),
+    "the first duplicate wins": (lets_the_first_duplicate_win, "slots-duplicates"),
+    "KV heads beyond 32 are not stored": (turned_and_stored(first_heads), "heads-40-40-widths-64-64"),
 }
 
 

@@ -10,6 +10,7 @@ from .mla_attention import mla_attention
 from .native import unavailable
 from .paged_attention import paged_attention
 from .quantize import quantize_kv
+from .rope_store_kv import rope_store_kv
 from .store_kv import store_kv
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "paged_attention",
     "quantize_kv",
     "register",
+    "rope_store_kv",
     "store_kv",
 ]
 
@@ -40,6 +42,7 @@ def register() -> None:
             "paged_attention": paged_attention,
             "merge_states": merge_states,
             "mla_attention": mla_attention,
+            "rope_store_kv": rope_store_kv,
         },
         rejects=_rejects,
         unavailable=unavailable,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import platform
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  (its OpenMP runtime must be mapped first: the core then shares torch's thread pool)
-import tvm_ffi
 
 from ...errors import BackendUnavailableError
 
@@ -28,6 +28,8 @@ def unavailable() -> str | None:
     """Why there is no native core here, or None. Missing, not switched off, it is also worth one warning."""
     if os.environ.get("PAGEDKV_NATIVE") == "0":
         return "PAGEDKV_NATIVE is 0"
+    if _libraries() and not _has_binding():
+        return "apache-tvm-ffi is not installed"
     if not _libraries():
         _warn_missing()
         return f"the native core is not installed ({_HOW_TO_GET_IT})"
@@ -44,7 +46,7 @@ def core() -> Any:
     Raises: BackendUnavailableError when there is no core, or not the one that is forced.
     """
     isa = core_isa()
-    return tvm_ffi.load_module(str(_libraries()[isa]))
+    return _load(_libraries()[isa])
 
 
 @functools.cache
@@ -68,9 +70,9 @@ def core_isa() -> str:
 def available_isas() -> tuple[str, ...]:
     """Instruction sets that were built and that this CPU runs, best first."""
     libraries = _libraries()
-    if not libraries:
+    if not libraries or not _has_binding():
         return ()
-    probe = tvm_ffi.load_module(str(libraries["cpuinfo"]))
+    probe = _load(libraries["cpuinfo"])
     runnable = [isa for isa in _candidates() if isa in libraries and probe.cpu_supports(isa)]
     if probe.cpu_halves_512():
         runnable.sort(key=lambda isa: isa != "avx2")
@@ -86,6 +88,17 @@ def _libraries() -> dict[str, Path]:
         for path in (Path(root) / "_native").glob(f"*pagedkv_*{suffix}"):
             found[path.stem.split("pagedkv_", 1)[1]] = path
     return found if "cpuinfo" in found else {}
+
+
+@functools.cache
+def _has_binding() -> bool:
+    return importlib.util.find_spec("tvm_ffi") is not None
+
+
+def _load(library: Path) -> Any:
+    import tvm_ffi  # here, so that the package runs on a machine that has neither it nor the core
+
+    return tvm_ffi.load_module(str(library))
 
 
 def _candidates() -> tuple[str, ...]:

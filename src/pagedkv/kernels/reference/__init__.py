@@ -10,6 +10,7 @@ from .mla_attention import mla_attention
 from .paged_attention import paged_attention
 from .quantize import quantize_kv
 from .rope import apply_rope
+from .rope_store_kv import rope_store_kv
 from .store_kv import store_kv
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "paged_attention",
     "quantize_kv",
     "register",
+    "rope_store_kv",
     "store_kv",
 ]
 
@@ -35,6 +37,7 @@ def register() -> None:
             "gather_kv": gather_kv,
             "copy_pages": copy_pages,
             "apply_rope": apply_rope,
+            "rope_store_kv": rope_store_kv,
             "paged_attention": paged_attention,
             "mla_attention": mla_attention,
             "merge_states": merge_states,

@@ -14,6 +14,7 @@ from .mla_cases import mla_cases
 from .number_cases import number_cases
 from .page_cases import page_cases
 from .report import ConformanceReport, run_cases
+from .rope_store_kv_cases import rope_store_kv_cases
 from .store_cases import store_cases
 
 __all__ = ["ConformanceCase", "ConformanceReport", "conformance_cases", "run_conformance"]
@@ -29,7 +30,8 @@ def conformance_cases(*ops: str) -> list[ConformanceCase]:
     unknown = sorted(set(ops) - set(OPS))
     if unknown:
         raise ValueError(f"ops must be among {', '.join(OPS)}, got {', '.join(unknown)}.")
-    cases = [*store_cases(), *page_cases(), *number_cases(), *attention_cases(), *mla_cases()]
+    moves, numbers = [*store_cases(), *page_cases()], [*number_cases(), *rope_store_kv_cases()]
+    cases = [*moves, *numbers, *attention_cases(), *mla_cases()]
     chosen = set(ops or OPS)
     return sorted((case for case in cases if case.op in chosen), key=lambda case: OPS.index(case.op))
 

@@ -45,8 +45,8 @@ def _placed_plan(plan: AttentionPlan, device: torch.device) -> AttentionPlan:
     tensors = ("query_indptr", "page_indptr", "page_indices", "seq_lens", "custom_mask", "mask_indptr")
     given = {name: getattr(plan, name) for name in tensors}
     there: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in given.items()}
-    # The cut into items is for the threads of the native core.
-    return dataclasses.replace(plan, work=None, **there)
+    # The cut into items is for the threads of the native core, or for another device.
+    return dataclasses.replace(plan, work=None, device_work=None, **there)
 
 
 def moves_as_reference(op: Callable[..., Any], make: Callable[[], Arguments]) -> Check:
