@@ -106,7 +106,7 @@ def test_unknown_names_list_the_known(smallest_calls):
     for op in OPS:
         with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*, got 'gpu'\."):
             smallest_calls[op](backend="gpu")
-    assert set(known.split(r",\ ")) == {"cpu", "reference"}
+    assert set(known.split(r",\ ")) == {"cpu", "reference", "triton"}
 
 
 def test_register_backend_refuses_taken_names_and_unknown_ops(toy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cpu, reference
+from . import cpu, reference, triton
 from .attention_plan import AttentionPlan
 from .backend import BackendStatus, OpCall, backends, register_backend, unregister_backend
 from .compare_key import fast_compare_key
@@ -14,6 +14,7 @@ from .mla_attention import mla_attention
 from .paged_attention import AttentionOptions, paged_attention
 from .quantize import QuantizedKV, dequantize_kv, quantize_kv
 from .rope import Llama31Scaling, RotaryEmbedding, apply_rope, cos_sin_table
+from .rope_store_kv import rope_store_kv
 from .store_kv import store_kv
 from .store_mla import store_mla
 
@@ -39,6 +40,7 @@ __all__ = [
     "paged_attention",
     "quantize_kv",
     "register_backend",
+    "rope_store_kv",
     "store_kv",
     "store_mla",
     "unregister_backend",
@@ -46,3 +48,4 @@ __all__ = [
 
 reference.register()
 cpu.register()
+triton.register()

@@ -210,15 +210,4 @@ def _is_float32(tensor: object, shape: tuple[int, ...], key_pages: torch.Tensor)
 def _rope_table(rope: RotaryEmbedding, device: torch.device, plan: AttentionPlan) -> torch.Tensor:
     if rope.dim > plan.head_dim:
         raise ValueError(f"rope.dim must be at most {plan.head_dim} (head_dim of the plan), got {rope.dim}.")
-    return cos_sin_table(rope, _num_positions(plan), device)
-
-
-def _num_positions(plan: AttentionPlan) -> int:
-    """Above every position of the plan, and above minus the first position of sequences with more rows than keys."""
-    if not plan.num_seqs:
-        return 0
-    longest = int(plan.seq_lens.max())
-    if plan.num_tokens < longest:
-        return longest  # no sequence has so many rows
-    first_positions = plan.seq_lens - plan.query_indptr.diff()
-    return max(longest, 1 - int(first_positions.min()))
+    return cos_sin_table(rope, plan.num_positions, device)

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["AttentionPlan"]
+__all__ = ["AttentionPlan", "DeviceWork"]
+
+
+class DeviceWork(NamedTuple):
+    """The work of a batch for programs of a GPU; kernels/triton/attention_work.py says how it is cut.
+
+    Shapes: few, some, many [n, 5] int32, items for low, middle and high tiles: sequence, its first row, first key and
+            end of the keys, first partial row or -1 for a result that is final. An item of a sequence below 0 is none.
+            merges [m, 5] int32, rows that several items compute: token, head within its group, its partial row of the
+            first chunk, rows from there to that of the next, chunks. A row of no chunks is none.
+    """
+
+    few: torch.Tensor
+    some: torch.Tensor
+    many: torch.Tensor
+    merges: torch.Tensor
+    num_partial_rows: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +36,9 @@ class AttentionPlan:
             custom_mask [sum q_len * kv_len] bool, row-major a sequence, True = keep; mask_indptr [S + 1] int64.
     window_left: -1 for none, else a row at position p sees keys from p - window_left on.
     max_page: largest page id named, -1 for none.
+    num_positions: above every position of a key, and above minus that of every row.
     work: how the batch is cut into items for threads, as the native core wrote it ([n] int64); None leaves the cut to
-            the back end at each call.
+            the back end at each call. device_work: the same for a GPU.
     """
 
     query_indptr: torch.Tensor
@@ -36,9 +54,11 @@ class AttentionPlan:
     window_left: int
     num_tokens: int
     max_page: int
+    num_positions: int
     custom_mask: torch.Tensor | None = None
     mask_indptr: torch.Tensor | None = None
     work: torch.Tensor | None = None
+    device_work: DeviceWork | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -63,6 +83,7 @@ class AttentionPlan:
         masks = [] if self.custom_mask is None or self.mask_indptr is None else [self.custom_mask, self.mask_indptr]
         tensors = [self.query_indptr, self.page_indptr, self.page_indices, self.seq_lens]
         tensors += [] if self.work is None else [self.work]
+        tensors += [] if self.device_work is None else self.device_work[:4]
         numbers = [
             self.page_size,
             self.num_q_heads,
@@ -73,6 +94,8 @@ class AttentionPlan:
             self.window_left,
             self.num_tokens,
             self.max_page,
+            self.num_positions,
+            0 if self.device_work is None else self.device_work.num_partial_rows,
         ]
         return tensors, masks, numbers
 
@@ -81,8 +104,13 @@ class AttentionPlan:
         cls, tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], numbers: Sequence[int]
     ) -> AttentionPlan:
         """Rebuilds a plan from what `pack` gave."""
-        page_size, num_q_heads, num_kv_heads, head_dim, value_dim, causal, window_left, num_tokens, max_page = numbers
+        page_size, num_q_heads, num_kv_heads, head_dim, value_dim, causal, window_left, num_tokens = numbers[:8]
+        max_page, num_positions, num_partial_rows = numbers[8:]
         query_indptr, page_indptr, page_indices, seq_lens, *work = tensors
+        device_work = None
+        if len(work) >= 4:
+            few, some, many, merges = work[-4:]
+            device_work = DeviceWork(few, some, many, merges, num_partial_rows)
         custom_mask, mask_indptr = masks if masks else (None, None)
         return cls(
             query_indptr=query_indptr,
@@ -98,7 +126,9 @@ class AttentionPlan:
             window_left=window_left,
             num_tokens=num_tokens,
             max_page=max_page,
+            num_positions=num_positions,
             custom_mask=custom_mask,
             mask_indptr=mask_indptr,
-            work=work[0] if work else None,
+            work=work[0] if len(work) % 4 else None,
+            device_work=device_work,
         )
