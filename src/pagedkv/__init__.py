@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .attention import cascade_attention, plan_attention, tile_attention
+from .attention import AttentionPlanBuffers, cascade_attention, plan_attention, tile_attention
 from .errors import (
     BackendUnavailableError,
     CorruptPageError,
@@ -33,6 +33,7 @@ from .kernels import (
     paged_attention,
     quantize_kv,
     register_backend,
+    rope_store_kv,
     store_kv,
     store_mla,
 )
@@ -68,6 +69,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionPlan",
+    "AttentionPlanBuffers",
     "AttentionState",
     "BackendUnavailableError",
     "CorruptPageError",
@@ -118,6 +120,7 @@ __all__ = [
     "plan_attention",
     "quantize_kv",
     "register_backend",
+    "rope_store_kv",
     "store_kv",
     "store_mla",
     "tile_attention",

@@ -289,3 +289,22 @@ def test_the_lowest_bit_comes_first_and_each_sequence_has_bytes_of_its_own():
 def test_a_packed_mask_is_refused(masks, error, words):
     with pytest.raises(error, match=words):
         plan_attention(int32(0, 2, 3), make_table(), **HEADS, **masks)
+
+
+# Tensors on the device "meta" have shapes and no contents: what reads one back fails.
+
+
+def test_a_plan_over_a_table_of_the_host_reads_nothing_back():
+    rows, kv_lens = [range(8), range(3), []], [30, 9, 0]
+    starts = int32(0, 3, 4, 6)
+    here = plan_attention(starts, PageTable.from_rows(rows, kv_lens, 4), **HEADS)
+    table = PageTable.from_rows(rows, kv_lens, 4, device="meta")
+    mask = torch.ones(3 * 30 + 9, dtype=torch.bool, device="meta")
+    there = plan_attention(starts, table, custom_mask=mask, **HEADS)
+    for name in ("query_indptr", "page_indptr", "page_indices", "seq_lens"):
+        assert getattr(there, name).shape == getattr(here, name).shape
+        assert getattr(there, name).device.type == "meta"
+    for name in ("num_tokens", "max_page", "num_positions"):
+        assert getattr(there, name) == getattr(here, name)
+    assert there.mask_indptr.shape == (4,)
+    assert (there.work, there.device_work) == (None, None)

@@ -27,7 +27,7 @@ from manager_model import NAMESPACES, ContentPool, ContentTier, Shadow
 
 from pagedkv import IntegrityError, KVCacheManager, OutOfPagesError, PageTable, TierError, check_integrity
 from pagedkv.kernels.gather_rows import gather_rows
-from pagedkv.management import row_heap
+from pagedkv.management import row_heap, step_commit
 from pagedkv.management.allocator import PageAllocator
 from pagedkv.management.page_budget import PageBudget
 from pagedkv.management.pinned import PinnedPrefix
@@ -453,8 +453,10 @@ def run_programs(max_examples, world=None, **options):
     )
 
 
-def test_random_programs_keep_the_books_and_the_content():
-    run_programs(80)
+@pytest.mark.parametrize("fewest_at_once", [step_commit._FEWEST_AT_ONCE, 1])
+def test_random_programs_keep_the_books_and_the_content(monkeypatch, fewest_at_once):
+    monkeypatch.setattr(step_commit, "_FEWEST_AT_ONCE", fewest_at_once)
+    run_programs(80 if fewest_at_once > 1 else 30)
 
 
 def free_twice(monkeypatch):

@@ -132,3 +132,37 @@ def test_from_rows_never_casts_an_id():
         PageTable.from_rows([[2**40]], seq_lens=[1], page_size=4)
     with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
         PageTable.from_dense(int32(1)[None], int32(1), page_size=0)
+
+
+# Tensors on the device "meta" have shapes and no contents: what reads one back fails.
+
+
+def test_a_table_on_another_device_keeps_what_the_host_knows():
+    here = PageTable.from_rows([[3, 7], [5], []], seq_lens=[6, 4, 0], page_size=4)
+    there = PageTable.from_rows([[3, 7], [5], []], seq_lens=[6, 4, 0], page_size=4, device="meta")
+    assert there.indptr.device == there.indices.device == there.seq_lens.device == torch.device("meta")
+    assert [array.tolist() for array in there.host] == [[0, 2, 3, 3], [3, 7, 5], [6, 4, 0]]
+    assert (there.max_page, there.max_seq_len, there.num_seqs, repr(there)) == (7, 6, 3, repr(here))
+    assert there.last_page_len.shape == (3,)
+    assert there.to_dense().shape == (3, 2)
+    back = there.to("cpu")
+    assert torch.equal(back.indices, here.indices)
+    assert torch.equal(back.last_page_len, here.last_page_len)
+    assert here.to("cpu") is here
+
+
+def test_new_tokens_may_be_divided_on_the_cpu_for_a_table_elsewhere():
+    table = PageTable.from_rows([[3, 7], [5]], seq_lens=[6, 4], page_size=4, device="meta")
+    slots = table.slot_mapping(int32(0, 2, 3))
+    assert (slots.device.type, slots.shape, slots.dtype) == ("meta", (3,), torch.int64)
+    with pytest.raises(ValueError, match="query_indptr must be on meta like the page table, got cpu"):
+        table.check_query_indptr(int32(0, 2, 3))
+
+
+def test_a_division_that_the_table_knows_is_not_read_back():
+    table = PageTable.from_rows([[3, 7], [5]], seq_lens=[6, 4], page_size=4, device="meta")
+    known = torch.empty(3, dtype=torch.int32, device="meta")
+    table.know_query_indptr(known, int32(0, 2, 3).numpy())
+    assert table.check_query_indptr(known) == 3
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        table.check_query_indptr(torch.empty(3, dtype=torch.int32, device="meta"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .cascade import cascade_attention
 from .plan import plan_attention
+from .plan_buffers import AttentionPlanBuffers
 from .tile_attention import tile_attention
 
-__all__ = ["cascade_attention", "plan_attention", "tile_attention"]
+__all__ = ["AttentionPlanBuffers", "cascade_attention", "plan_attention", "tile_attention"]

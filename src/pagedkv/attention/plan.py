@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ..kernels.attention_plan import AttentionPlan
+from ..kernels.attention_plan import AttentionPlan, DeviceWork
 from ..kernels.cpu.attention_work import divide_attention
+from ..kernels.upload import uploaded, uploaded_together
 from ..shapes import check_device, check_dtype, check_int
 from ..storage.page_table import PageTable
+from .device_work import device_work, triton_module
+from .plan_buffers import AttentionPlanBuffers, PlanSettings
 
 __all__ = ["plan_attention"]
 
@@ -26,6 +33,7 @@ def plan_attention(
     window_left: int = -1,
     custom_mask: torch.Tensor | None = None,
     packed_mask: torch.Tensor | None = None,
+    buffers: AttentionPlanBuffers | None = None,
 ) -> AttentionPlan:
     """Checks a batch once and lays out its work, for use by `paged_attention` over all layers of a step.
 
@@ -36,6 +44,9 @@ def plan_attention(
     Rule:   causal is aligned bottom-right: row i stands at position kv_len - q_len + i. window_left w >= 0 keeps the
             w keys before a row's position and its own; -1 is no window.
     When:   the table already includes the new tokens.
+    Device: that of the table. Of a table on a GPU, query_indptr may be on the CPU, which saves reading it back: nothing
+            else is waited for where the table was built on the host.
+    buffers: memory that the plan is written to in place of memory of its own, for CUDA graphs; no masks then.
     Raises: ValueError, TypeError for what breaks the lines above, before anything runs.
     """
     value_dim = head_dim if value_dim is None else value_dim
@@ -55,15 +66,25 @@ def plan_attention(
         raise ValueError(f"num_q_heads must be a multiple of num_kv_heads = {num_kv_heads}, got {num_q_heads}.")
     if not isinstance(table, PageTable):
         raise TypeError(f"table must be a PageTable, got {type(table).__name__}. Build it with PageTable.from_rows.")
-    num_tokens = table.check_query_indptr(query_indptr)
-    seq_lens = table.seq_lens
-    mask_indptr = None
-    if custom_mask is not None or packed_mask is not None:
-        custom_mask, mask_indptr = _checked_mask(custom_mask, packed_mask, query_indptr, seq_lens)
-    # A copy: engines reuse the buffer for the next step.
-    query_indptr = query_indptr.clone(memory_format=torch.contiguous_format)
+    starts = table.host_query_indptr(query_indptr, may_be_on_cpu=True)
     # Positions are below 2**31, so a wider window sees no more.
     window_left = min(window_left, 2**31 - 1)
+    device, work, mask_indptr = table.device, None, None
+    if buffers is not None or device.type != "cpu":
+        settings = PlanSettings(num_q_heads, num_kv_heads, head_dim, value_dim, table.page_size, causal, window_left)
+        if buffers is not None:
+            if custom_mask is not None or packed_mask is not None:
+                raise ValueError("custom_mask and packed_mask must be None with buffers, which have no room for them.")
+            return _plan_in(buffers, settings, starts, table)
+        work = _device_work(settings, starts, table)
+    if custom_mask is not None or packed_mask is not None:
+        custom_mask, mask_indptr = _checked_mask(custom_mask, packed_mask, starts, table)
+    if query_indptr.device != device:
+        query_indptr = uploaded(starts, device)
+    else:
+        # A copy: engines reuse the buffer for the next step.
+        query_indptr = query_indptr.clone(memory_format=torch.contiguous_format)
+    seq_lens = table.kept_seq_lens
     return AttentionPlan(
         query_indptr=query_indptr,
         page_indptr=table.indptr,
@@ -76,8 +97,9 @@ def plan_attention(
         value_dim=value_dim,
         causal=causal,
         window_left=window_left,
-        num_tokens=num_tokens,
+        num_tokens=int(starts[-1]),
         max_page=table.max_page,
+        num_positions=_num_positions(starts, table),
         custom_mask=custom_mask,
         mask_indptr=mask_indptr,
         work=divide_attention(
@@ -91,14 +113,62 @@ def plan_attention(
             causal,
             window_left,
         ),
+        device_work=work,
     )
+
+
+def _plan_in(
+    buffers: AttentionPlanBuffers, settings: PlanSettings, starts: npt.NDArray[np.int32], table: PageTable
+) -> AttentionPlan:
+    """A plan that is the content of the buffers, now this batch."""
+    if not isinstance(buffers, AttentionPlanBuffers):
+        raise TypeError(f"buffers must be AttentionPlanBuffers, got {type(buffers).__name__}.")
+    buffers.check(settings, table.device, starts, table.host)
+    buffers.write(settings, starts, table.host)
+    return AttentionPlan(
+        query_indptr=buffers.query_indptr,
+        page_indptr=buffers.page_indptr,
+        page_indices=buffers.page_indices,
+        seq_lens=buffers.seq_lens,
+        **settings._asdict(),
+        num_tokens=int(starts[-1]),
+        max_page=table.max_page,
+        num_positions=buffers.num_positions,
+        device_work=buffers.device_work,
+    )
+
+
+def _device_work(settings: PlanSettings, starts: npt.NDArray[np.int32], table: PageTable) -> DeviceWork | None:
+    """The cut for the programs of a GPU, in one copy that is not waited for; None where no back end takes it."""
+    module: Any = triton_module("attention_work", table.device)
+    if module is None:
+        return None
+    work = module.divide_attention(
+        np.diff(starts),
+        table.host.seq_lens,
+        group=settings.num_q_heads // settings.num_kv_heads,
+        num_kv_heads=settings.num_kv_heads,
+        head_dim=max(settings.head_dim, settings.value_dim),
+        causal=settings.causal,
+        window_left=settings.window_left,
+        num_multiprocessors=module.num_multiprocessors(table.device),
+    )
+    return device_work(uploaded_together([*work.items, work.merges], table.device), work.num_partial_rows)
+
+
+def _num_positions(starts: npt.NDArray[np.int32], table: PageTable) -> int:
+    longest = table.max_seq_len
+    if int(starts[-1]) < longest or not table.num_seqs:
+        return longest  # no sequence has more rows than keys
+    first_positions = table.host.seq_lens - np.diff(starts)
+    return max(longest, 1 - int(first_positions.min()))
 
 
 def _checked_mask(
     custom_mask: torch.Tensor | None,
     packed_mask: torch.Tensor | None,
-    query_indptr: torch.Tensor,
-    seq_lens: torch.Tensor,
+    starts: npt.NDArray[np.int32],
+    table: PageTable,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask as bool, and where each sequence's part starts."""
     if custom_mask is not None and packed_mask is not None:
@@ -108,8 +178,8 @@ def _checked_mask(
     )
     assert mask is not None  # the caller has one of them
     check_dtype(name, mask, dtype)
-    check_device(name, mask, query_indptr.device, "query_indptr")
-    sizes = (query_indptr[1:] - query_indptr[:-1]).to(torch.int64) * seq_lens
+    check_device(name, mask, table.device, "query_indptr")
+    sizes = np.diff(starts).astype(np.int64) * table.host.seq_lens
     held = sizes if custom_mask is not None else (sizes + 7) // 8
     rule = "q_len * kv_len" if custom_mask is not None else "ceil(q_len * kv_len / 8)"
     if mask.dim() != 1 or mask.shape[0] != int(held.sum()):
@@ -121,7 +191,7 @@ def _checked_mask(
     else:
         # A copy, as of the other arrays: callers reuse theirs.
         mask = mask.clone(memory_format=torch.contiguous_format)
-    return mask, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return mask, uploaded(np.concatenate([[0], sizes.cumsum()]), table.device)
 
 
 def _unpacked(packed_mask: torch.Tensor, num_bytes: list[int], num_bits: list[int]) -> torch.Tensor:

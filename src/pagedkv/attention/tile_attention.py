@@ -71,7 +71,7 @@ def tile_attention(
     with readable_pages(cache, rows, missing == "skip") as pages:
         table, mask = lay_out(rows, pages.held, query.device, causal, window_left, rope is not None)
         plan = plan_attention(
-            torch.arange(table.num_seqs + 1, dtype=torch.int32, device=query.device) * rows.query.shape[1],
+            torch.arange(table.num_seqs + 1, dtype=torch.int32, device="cpu") * rows.query.shape[1],
             table,
             num_q_heads=rows.group,
             num_kv_heads=1,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ..kernels.quantize import QuantizedKV
+from ..kernels.upload import uploaded
 from ..storage.page_table import PageTable
 from ..storage.tiles.host_tile_cache import HostTileCache
 from ..storage.tiles.tile_cache import TileCache
@@ -58,9 +59,8 @@ def readable_pages(cache: TileCache | HostTileCache, rows: TileRows, skip: bool)
         yield _copied_pages(cache, rows, skip)
         return
     beams, counts = torch.from_numpy(rows.beams), torch.from_numpy(rows.tile_counts)
-    with cache.pinned_pages(beams, counts) as ids:
-        # In numpy: some tens of kilobytes are not worth waking torch's threads.
-        pages = ids.cpu().numpy()
+    # In numpy: some tens of kilobytes are not worth waking torch's threads.
+    with cache.pinned_entries(beams, counts) as pages:
         places = np.nonzero(pages >= 0)
         held = HeldTiles((pages >= 0).sum(axis=2).ravel(), places[2], pages[places].astype(np.int64))
         if not skip:
@@ -85,12 +85,12 @@ def lay_out(
     last_tiles[held.counts > 0] = held.tiles[stops[held.counts > 0] - 1]
     last_page_len = np.where(last_tiles < 0, 0, (lengths - last_tiles * size).clip(max=size))
     mask = _mask(rows, held, is_there, lengths, causal, window_left)
-    return TileLayout(_table(held, last_page_len, size, device), torch.from_numpy(mask).to(device))
+    return TileLayout(_table(held, last_page_len, size, device), uploaded(mask, device))
 
 
 def _table(held: HeldTiles, last_page_len: Indices, page_size: int, device: torch.device) -> PageTable:
     csr = np.concatenate([[0], held.counts.cumsum()]), held.pages, last_page_len
-    return PageTable(*(torch.from_numpy(array.astype(np.int32)).to(device) for array in csr), page_size=page_size)
+    return PageTable(*(torch.from_numpy(array.astype(np.int32)) for array in csr), page_size=page_size).to(device)
 
 
 def _with_places_for_all(held: HeldTiles, wanted: Indices) -> tuple[HeldTiles, Mask]:

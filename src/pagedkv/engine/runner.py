@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..integrations.transformers import PagedModel, PagedStep
+from ..kernels.upload import uploaded
 from ..management.manager import KVCacheManager
 from ..management.step_batch import StepBatch
 from ..storage.pool import KVPool
@@ -81,10 +83,9 @@ class StepRunner:
             backend=self._backend,
         )
         receivers = [work.receivers for work in works]
-        rows = step.last_rows()
-        if not all(receivers):
-            rows = rows[torch.tensor([bool(each) for each in receivers], device=device)]
-        logits = self._model.forward(torch.tensor(ids, device=device), step, logit_rows=rows)
+        stops = np.cumsum([len(work.token_ids) for work in works])
+        rows = uploaded(stops[[bool(each) for each in receivers]] - 1, device)
+        logits = self._model.forward(uploaded(np.array(ids, np.int64), device), step, logit_rows=rows)
         with torch.inference_mode():
             return _output([each for each in receivers if each], logits)
 

@@ -126,7 +126,7 @@ class TileDecoder:
 
     def _search(self, search: BeamSearch, prompt_ids: Sequence[int]) -> None:
         """Prefills beam 0, lets the others share it, and goes on a token of every beam at a time."""
-        beams = torch.arange(self.num_beams, dtype=torch.int64, device=self._model.device)
+        beams = torch.arange(self.num_beams, dtype=torch.int64, device="cpu")
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=self._model.device)
         logits = self._forward(prompt, first_token=0, beam_ids=beams[:1]).expand(self.num_beams, -1)
         for cache in self.caches.values():
@@ -147,7 +147,7 @@ class TileDecoder:
         step = TileStep(
             self.caches,
             self._model.geometry,
-            torch.full((num_rows,), first_token, dtype=torch.int64, device=beam_ids.device),
+            torch.full((num_rows,), first_token, dtype=torch.int64, device="cpu"),
             token_ids.shape[0] // num_rows,
             beam_ids,
             backend=self._backend,

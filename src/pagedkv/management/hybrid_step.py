@@ -63,6 +63,9 @@ def reserve_step(budget: PageBudget, planners: list[StepPlanner], parts: Parts, 
             for seq, length in zip(own, before, strict=True):
                 seq._cut(length)
         raise
+    for step in steps[1:]:
+        # What they hold is the same; plans of all groups then know the one that callers pass.
+        step.query_indptr = steps[0].query_indptr
     return HybridStepBatch(tuple(steps))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import OutOfPagesError
+from ..kernels.upload import uploaded
 from .allocator import PageAllocator, PageArray
 from .prefix_cache import PrefixCache
 from .stats import Counters
@@ -158,8 +159,8 @@ class PageBudget:
         if not pairs:
             return
         if self.pool is not None:
-            ids = torch.tensor(pairs, dtype=torch.int64, device=self.device)
-            self.pool.copy_pages(ids[:, 0].contiguous(), ids[:, 1].contiguous())
+            src, dst = uploaded(np.array(pairs, np.int64).T.copy(), self.device)
+            self.pool.copy_pages(src, dst)
         else:
             for src, dst in pairs:
                 self.allocator.retain([src])

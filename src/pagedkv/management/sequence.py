@@ -40,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..kernels.upload import uploaded
 from ..shapes import check_int
 from .allocator import PageArray
 from .prefix_cache import CacheHandle, Namespace, PrefixCache
@@ -277,8 +278,7 @@ class Sequence(SequenceAway):
             )
 
     def _to_tensor(self, slots: npt.NDArray[np.int64]) -> torch.Tensor:
-        tensor = torch.from_numpy(slots)
-        return tensor if self._budget.is_on_cpu else tensor.to(self._budget.device)
+        return uploaded(slots, self._budget.device)
 
     def _new_ids(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The ids of `ids` that are not committed yet."""

@@ -57,7 +57,7 @@ class SequenceAway(SequencePrefix):
                 "seq must have its copies made to be swapped out, got one that waits. Call take_copies first."
             )
         try:
-            return tier.save(torch.from_numpy(pages[pages >= 0]).to(budget.device))
+            return tier.save(torch.from_numpy(pages[pages >= 0]))
         except MemoryError as error:
             raise TierError(f"the tier must have memory for {np.count_nonzero(pages >= 0)} pages: {error}.") from error
 
@@ -75,7 +75,7 @@ class SequenceAway(SequencePrefix):
         budget.cancel_copies(pages[num_known:])
         wanted = np.where(np.arange(pages.shape[0]) < num_known, -1, pages)[num_gone:].astype(np.int64)
         try:
-            tier.load(ticket, torch.from_numpy(wanted).to(budget.device))
+            tier.load(ticket, torch.from_numpy(wanted))
         except BaseException:
             budget.allocator.free(pages[num_known:])
             self._move_lock(None)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..storage import PageTable
+from ..kernels.upload import uploaded, uploaded_together
+from ..storage.page_table import HostTable, PageTable
 from .allocator import PageArray
 from .row_heap import RowSnapshot
 
@@ -37,7 +38,16 @@ class StepBatch:
     Cost: each form of the page table is made when it is asked for, and costs nothing before.
     """
 
-    __slots__ = ("_lengths", "_page_table", "_snapshot", "_tables", "_version", "query_indptr", "slot_mapping")
+    __slots__ = (
+        "_host_query_indptr",
+        "_lengths",
+        "_page_table",
+        "_snapshot",
+        "_tables",
+        "_version",
+        "query_indptr",
+        "slot_mapping",
+    )
 
     def __init__(
         self,
@@ -46,20 +56,25 @@ class StepBatch:
         tables: StepTables,
         snapshot: RowSnapshot,
         lengths: npt.NDArray[np.int64],
+        host_query_indptr: npt.NDArray[np.int32] | None = None,
     ) -> None:
-        """For the planner: nobody writes to `lengths` [S] any more."""
+        """For the planner: nobody writes to `lengths` [S] any more.
+
+        host_query_indptr: what `query_indptr` holds, where that is on another device, so that plans do not ask it.
+        """
         self.slot_mapping = slot_mapping
         self.query_indptr = query_indptr
         self._tables = tables
         self._version = tables.table_version
         self._snapshot = snapshot
         self._lengths = lengths
+        self._host_query_indptr = host_query_indptr
         self._page_table: PageTable | None = None
 
     @property
     def seq_lens(self) -> torch.Tensor:
         """Tokens of each sequence, the new ones included: [S] int32, a copy."""
-        return torch.from_numpy(self._lengths.astype(np.int32)).to(self.query_indptr.device)
+        return uploaded(self._lengths.astype(np.int32), self.query_indptr.device)
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +88,10 @@ class StepBatch:
         The positions of pages that a window has given back name page 0; attention with that window reads none of them.
         """
         if self._page_table is None:
-            self._page_table = self._tables.csr_table(self._snapshot, self._lengths)
+            table = self._tables.csr_table(self._snapshot, self._lengths)
+            if self._host_query_indptr is not None:
+                table.know_query_indptr(self.query_indptr, self._host_query_indptr)
+            self._page_table = table
         return self._page_table
 
     def dense_table(self) -> torch.Tensor:
@@ -108,11 +126,8 @@ class BookedTable(PageTable):
         max_page: int,
         device: torch.device,
     ) -> None:
-        self.indptr, self.indices = torch.from_numpy(indptr), torch.from_numpy(indices)
-        self._seq_lens = torch.from_numpy(seq_lens)
-        if device.type != "cpu":
-            self.indptr, self.indices = self.indptr.to(device), self.indices.to(device)
-            self._seq_lens = self._seq_lens.to(device)
-        self._last_page_len = None
+        self._host = host = HostTable(indptr, indices, seq_lens)
+        self.indptr, self.indices, self._seq_lens = uploaded_together(host, device)
+        self._last_page_len = self._longest = self._query = None
         self.page_size = page_size
         self._max_page = max_page

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..kernels.upload import uploaded
 from .allocator import PageArray
 from .ledger import PageLedger
 from .row_heap import RowSnapshot
@@ -42,7 +43,8 @@ class StepPlanner:
         self._table = StepTable(ledger.rows, ledger.page_size)
         self._max_page = ledger.allocator.num_pages - 1
         self._device = ledger.budget.device
-        self._decode_indptr = torch.zeros(1, dtype=torch.int32)
+        self._decode_starts = np.zeros(1, np.int32)
+        self._decode_indptr = uploaded(self._decode_starts, self._device)
         self._read()
 
     def fits(self, seqs: list[Sequence], num_tokens: int | Counts) -> bool:
@@ -121,7 +123,8 @@ class StepPlanner:
                     "the dense table must be asked for before its sequences change, got one that did. Ask in the step "
                     "before, and it is kept."
                 )
-            return self._table.dense(self._rows).to(self._device)
+            dense = self._table.dense(self._rows)
+            return dense if self._device.type == "cpu" else uploaded(dense.numpy(), self._device)
 
     def csr_table(self, snapshot: RowSnapshot, lengths: Counts) -> BookedTable:
         """The CSR form of the step that had this snapshot of the table and these lengths."""
@@ -163,7 +166,8 @@ class StepPlanner:
             rows_of_seqs = self._rows_of(seqs)
             self._is_changing = True
             self._seqs, self._rows = list(seqs), rows_of_seqs
-            self._decode_indptr = torch.arange(len(seqs) + 1, dtype=torch.int32, device=self._device)
+            self._decode_starts = np.arange(len(seqs) + 1, dtype=np.int32)
+            self._decode_indptr = uploaded(self._decode_starts, self._device)
             self._table.replace(self._rows, None)
         self._versions = rows.version[self._rows]
         self._epoch = rows.epoch
@@ -238,18 +242,18 @@ class StepPlanner:
         if self._has_new:
             books.is_new[self._rows] = self._has_new = False
         if is_decode:
-            slots, query_indptr = self._next_slots.copy(), self._decode_indptr
+            slots, starts_of_rows, query_indptr = self._next_slots.copy(), self._decode_starts, self._decode_indptr
             self._next_slots += 1
             self._room -= 1
         else:
-            slots, query_indptr = self._packed(starts, num_tokens)
+            slots, starts_of_rows = self._packed(starts, num_tokens)
+            query_indptr = uploaded(starts_of_rows, self._device)
             self._read()
-        slot_mapping = torch.from_numpy(slots)
-        if self._device.type != "cpu":
-            slot_mapping = slot_mapping.to(self._device)
-        return StepBatch(slot_mapping, query_indptr, self, self._table.snapshot, self._lengths)
+        slot_mapping = uploaded(slots, self._device)
+        on_host = None if self._device.type == "cpu" else starts_of_rows
+        return StepBatch(slot_mapping, query_indptr, self, self._table.snapshot, self._lengths, on_host)
 
-    def _packed(self, starts: Counts, num_tokens: int | Counts) -> tuple[Counts, torch.Tensor]:
+    def _packed(self, starts: Counts, num_tokens: int | Counts) -> tuple[Counts, npt.NDArray[np.int32]]:
         """Slots of tokens [starts[i], lengths[i]) of each sequence, and where each begins among them."""
         page_size, heap = self._ledger.page_size, self._ledger.rows.pages
         counts = np.broadcast_to(np.int64(num_tokens), starts.shape)
@@ -260,4 +264,4 @@ class StepPlanner:
         slots = pages * np.int64(page_size) + positions % page_size
         indptr = np.zeros(counts.shape[0] + 1, np.int32)
         indptr[1:] = stops
-        return slots, torch.from_numpy(indptr).to(self._device)
+        return slots, indptr

@@ -10,7 +10,10 @@ __all__ = ["SwapTier"]
 
 
 class SwapTier(Protocol):
-    """Where the bytes of pages wait; `HostPageStore` (storage/host.py) is one."""
+    """Where the bytes of pages wait; `HostPageStore` (storage/host.py) is one.
+
+    Ids of pages are on the CPU, wherever the pages are.
+    """
 
     def save(self, pages: torch.Tensor) -> Any:
         """Copies the bytes of pages [n] int64 and returns what names the copy. When it raises, nothing is kept."""

@@ -58,10 +58,11 @@ class AttentionContext(Protocol):
 class PackedStep(AttentionContext, Protocol):
     """A context that also says which tokens the call has: what `PagedModel.forward` runs. It serves as the cache, too.
 
-    position_ids [T] int64.
+    position_ids [T] int64; num_positions: one more than the highest of them, 0 for no tokens.
     """
 
     position_ids: torch.Tensor
+    num_positions: int
 
     @property
     def num_tokens(self) -> int:

@@ -48,7 +48,7 @@ class CacheRows:
         if self._slots is None:
             assert self.manager is not None  # rows exist
             table = self.manager.page_table(self.seqs)
-            starts = torch.arange(len(self.seqs) + 1, device=table.indptr.device) * self.num_reserved
+            starts = torch.arange(len(self.seqs) + 1, device="cpu") * self.num_reserved
             self._slots = table.slot_mapping(starts.to(torch.int32)).view(len(self.seqs), -1)
         return self._slots[:, start:stop]
 

@@ -87,7 +87,5 @@ class PagedModel:
 
     def _check_positions(self, step: PackedStep) -> None:
         limit = self.geometry.max_positions
-        if limit is not None and step.num_tokens and int(step.position_ids.max()) >= limit:
-            raise ValueError(
-                f"positions must be below {limit} (the model's context), got {int(step.position_ids.max())}."
-            )
+        if limit is not None and step.num_positions > limit:
+            raise ValueError(f"positions must be below {limit} (the model's context), got {step.num_positions - 1}.")

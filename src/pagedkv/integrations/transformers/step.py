@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...attention.plan import plan_attention
 from ...kernels.attention_plan import AttentionPlan
 from ...kernels.paged_attention import paged_attention
+from ...kernels.upload import uploaded
 from ...shapes import check_dtype
 from ...storage.hybrid_pool import HybridKVPool
 from ...storage.page_table import PageTable
@@ -50,7 +53,9 @@ class _Step:
         self.pool = pool
         self.geometry = geometry
         self.query_indptr = query_indptr
-        self.position_ids = _positions(groups[0].table, query_indptr)
+        positions = _positions(groups[0].table, query_indptr)
+        self.position_ids = uploaded(positions, groups[0].table.device)
+        self.num_positions = int(positions.max(initial=-1)) + 1
         for _, table, slot_mapping in groups:
             if table.max_page >= pool.num_pages:
                 raise ValueError(
@@ -200,7 +205,7 @@ class HybridPagedStep(_Step):
                 raise ValueError(
                     f"tables[{number}] must have page_size {group.page_size} (set by the pool), got {table.page_size}."
                 )
-            if not torch.equal(table.seq_lens, tables[0].seq_lens):
+            if not np.array_equal(table.host.seq_lens, tables[0].host.seq_lens):
                 raise ValueError(f"tables[{number}] must have the lengths of tables[0], got others.")
         groups = [_Pages(number, *pair) for number, pair in enumerate(zip(tables, slots, strict=True))]
         pages_of = {layer: pages for pages, group in zip(groups, pool.groups, strict=True) for layer in group.layers}
@@ -215,18 +220,11 @@ def _packed(states: torch.Tensor) -> torch.Tensor:
     return packed if packed.stride(-1) == 1 else packed.contiguous()
 
 
-def _positions(table: PageTable, query_indptr: torch.Tensor) -> torch.Tensor:
-    """[T] int64: row i of a sequence stands at kv_len - q_len + i."""
-    check_dtype("query_indptr", query_indptr, torch.int32)
-    if query_indptr.dim() != 1 or query_indptr.shape[0] != table.num_seqs + 1:
-        raise ValueError(
-            f"query_indptr must have shape [S + 1] with S = {table.num_seqs} (set by the table), "
-            f"got {list(query_indptr.shape)}."
-        )
-    starts = query_indptr[:-1].to(torch.int64)
-    query_lens = query_indptr[1:].to(torch.int64) - starts
-    if bool((query_lens < 0).any()) or bool((query_lens > table.seq_lens).any()):
+def _positions(table: PageTable, query_indptr: torch.Tensor) -> npt.NDArray[np.int64]:
+    """[T]: row i of a sequence stands at kv_len - q_len + i."""
+    starts, seq_lens = table.host_query_indptr(query_indptr), table.host.seq_lens
+    query_lens = np.diff(starts)
+    if (query_lens > seq_lens).any():
         raise ValueError("query_indptr must give each sequence between 0 and its length of new tokens.")
-    first = table.seq_lens.to(torch.int64) - query_lens - starts
-    rows = torch.repeat_interleave(first, query_lens)
-    return rows + torch.arange(rows.shape[0], device=rows.device)
+    first = seq_lens.astype(np.int64) - query_lens - starts[:-1]
+    return np.repeat(first, query_lens) + np.arange(int(starts[-1]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention.tile_attention import tile_attention
+from ...kernels.upload import uploaded
 from ...shapes import Shapes, check_dtype, check_int
 from ...storage.tiles.tile_cache import TileCache
 from .attention import AttentionCall
@@ -23,7 +24,7 @@ class TileStep:
 
     caches: one a storing layer, by layer index. All have the same beams and hold every token before the new ones.
     Shapes: first_tokens [R] int64, the position of the first new token of each row; beam_ids [R] int64, whose tokens
-            each row has, no beam twice, by default beam r. Both on the CPU or on the device of the caches.
+            each row has, no beam twice, by default beam r. Both are kept on the CPU, where the caches' books are.
     When:   one step serves one forward pass.
     Owns:   stores the new tokens in `caches` while the model runs, layer by layer, and nothing else.
     Raises: UnsupportedModelError for a model that tiles cannot run, ValueError, TypeError for what does not fit each
@@ -52,8 +53,9 @@ class TileStep:
         self.num_new_tokens = num_new_tokens
         self.beam_ids = _checked_beams(beam_ids, one)
         self.first_tokens = _checked_first_tokens(first_tokens, caches, self.num_rows, num_new_tokens)
-        new = torch.arange(num_new_tokens, dtype=torch.int64, device=one.device)
-        self.position_ids = (self.first_tokens[:, None] + new).reshape(-1)
+        positions = (self.first_tokens[:, None] + torch.arange(num_new_tokens, device="cpu")).reshape(-1)
+        self.position_ids = uploaded(positions.numpy(), one.device)
+        self.num_positions = int(positions.max()) + 1
         self._seq_lens = (self.first_tokens + num_new_tokens).to(torch.int32)
         self._backend = backend
 
@@ -165,7 +167,7 @@ def _check_cache(index: int, cache: TileCache, layer: LayerInfo) -> None:
 
 def _checked_beams(beam_ids: torch.Tensor | None, cache: TileCache) -> torch.Tensor:
     if beam_ids is None:
-        return torch.arange(cache.num_beams, dtype=torch.int64, device=cache.device)
+        return torch.arange(cache.num_beams, dtype=torch.int64, device="cpu")
     Shapes().check("beam_ids", beam_ids, "R")
     check_dtype("beam_ids", beam_ids, torch.int64)
     beams = beam_ids.tolist()
@@ -175,7 +177,7 @@ def _checked_beams(beam_ids: torch.Tensor | None, cache: TileCache) -> torch.Ten
         raise ValueError(f"beam_ids must name no beam twice, got {beams}.")
     if min(beams) < 0 or max(beams) >= cache.num_beams:
         raise ValueError(f"beam_ids must be from 0 to {cache.num_beams - 1} (beams of the caches), got {beams}.")
-    return beam_ids.to(cache.device)
+    return beam_ids.cpu()
 
 
 def _checked_first_tokens(
@@ -189,4 +191,4 @@ def _checked_first_tokens(
         raise ValueError(
             f"first_tokens must leave room for {num_new_tokens} tokens among the {room} of a beam, got {first}."
         )
-    return first_tokens.to(next(iter(caches.values())).device)
+    return first_tokens.cpu()

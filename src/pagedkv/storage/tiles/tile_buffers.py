@@ -9,6 +9,7 @@ from ...kernels.copy_pages import copy_pages
 from ...kernels.cpu.huge_pages import advise_huge_pages
 from ...kernels.quantize import QuantizedKV
 from ...kernels.store_kv import store_kv
+from ...kernels.upload import uploaded
 from .tile_geometry import TileGeometry
 from .tile_page_table import Indices
 
@@ -105,4 +106,4 @@ class TileBuffers:
         return [self.key_pages, self.value_pages, *scales]
 
     def _on_device(self, indices: Indices) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(indices)).to(self.device)
+        return uploaded(np.ascontiguousarray(indices), self.device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from ...kernels.upload import uploaded
 from ...shapes import Shapes, check_int
 from .tile_beams import clear_beams, fork_beam, remove_beam, reorder_beams
 from .tile_buffers import Tile, TileBuffers
@@ -19,13 +21,15 @@ from .tile_integrity import check_tiles
 from .tile_key import check_part
 from .tile_ledger import TileLedger
 from .tile_owner import OnEvict, TileOwner
-from .tile_page_table import TilePageTable, check_index
+from .tile_page_table import Entries, Indices, TilePageTable, check_index
 from .tile_pins import Held, PinnedBlock
 from .tile_record import POOL
 from .tile_snapshot import check_snapshot, load_snapshot, take_snapshot
-from .tile_span import asked_tiles, beam_indices, check_span, parent_indices, touched_tiles
+from .tile_span import Flags, asked_tiles, beam_indices, check_span, parent_indices, touched_tiles
 
 __all__ = ["TileCache"]
+
+_Ids = TypeVar("_Ids")
 
 
 class TileCache:
@@ -220,8 +224,9 @@ class TileCache:
             ledger.unpin(of_tile[-1])
             ledger.is_sound = True
 
-    @contextmanager
-    def pinned_pages(self, beam_ids: torch.Tensor | None, num_tiles: int | torch.Tensor) -> Iterator[torch.Tensor]:
+    def pinned_pages(
+        self, beam_ids: torch.Tensor | None, num_tiles: int | torch.Tensor
+    ) -> AbstractContextManager[torch.Tensor]:
         """Page ids of the first tiles of R beams; until the end of the block each of these pages stays this tile.
 
         Their own beam may still write new tokens into them, if it has them alone. The tiles count as used, in the
@@ -231,6 +236,29 @@ class TileCache:
                 rows, or [R] int64, one for each; the result [R, num_heads, max(num_tiles)] int32 on the cache's device,
                 -1 for a tile that is not there and beyond the tiles of its row.
         """
+        return self._pinned(beam_ids, num_tiles, self._ids_on_device)
+
+    def pinned_entries(
+        self, beam_ids: torch.Tensor | None, num_tiles: int | torch.Tensor
+    ) -> AbstractContextManager[Entries]:
+        """The same page ids as an array in main memory, which a GPU is not asked for."""
+        return self._pinned(beam_ids, num_tiles, self._ids_on_host)
+
+    def _ids_on_device(self, beams: Indices, most: int, is_asked: Flags | None) -> torch.Tensor:
+        ids = self.table.device_table[:, :, :most].index_select(0, uploaded(beams, self.device))
+        return ids if is_asked is None else ids.masked_fill_(uploaded(~is_asked, self.device), -1)
+
+    def _ids_on_host(self, beams: Indices, most: int, is_asked: Flags | None) -> Entries:
+        ids: Entries = self.table.entries[beams, :, :most]
+        return ids if is_asked is None else np.where(is_asked, ids, np.int32(-1))
+
+    @contextmanager
+    def _pinned(
+        self,
+        beam_ids: torch.Tensor | None,
+        num_tiles: int | torch.Tensor,
+        read: Callable[[Indices, int, Flags | None], _Ids],
+    ) -> Iterator[_Ids]:
         beams = beam_indices(Shapes(), beam_ids, self.num_beams, self.device, "R")
         most, is_asked = asked_tiles(num_tiles, beams.size, self.num_tiles, self.device)
         block = None
@@ -244,9 +272,7 @@ class TileCache:
                 self._hits += present.size
                 self._misses += num_asked - present.size
                 self._ledger.use.touch(present)
-                ids = self.table.device_table[:, :, :most].index_select(0, torch.from_numpy(beams).to(self.device))
-                if is_asked is not None:
-                    ids.masked_fill_(torch.from_numpy(~is_asked).to(self.device), -1)
+                ids = read(beams, most, is_asked)
                 readers = np.repeat(beams, self.num_heads * most)[is_there.ravel()]
                 block = self._pin_block(Held.read(present, readers, self.num_pages))
             yield ids

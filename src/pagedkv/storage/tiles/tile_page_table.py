@@ -90,13 +90,24 @@ class TilePageTable:
         with self.lock:
             dirty = first, stop = self._dirty
             if stop > first:
-                self._on_device.view(-1)[first:stop].copy_(self.host.view(-1)[first:stop])
+                self._upload(first, stop)
                 # What a signal handler has changed meanwhile, on this thread, is still to be uploaded.
                 if self._dirty is dirty:
                     self._dirty = 0, 0
                 self.num_syncs += 1
                 self.num_synced += stop - first
             return stop - first
+
+    def _upload(self, first: int, stop: int) -> None:
+        """Copies entries of the flat table; to a GPU without waiting for what it still computes.
+
+        That copy is from pinned memory of its own, which torch keeps until it is over: the host's table may change
+        meanwhile.
+        """
+        changed, is_gpu = self.host.view(-1)[first:stop], self._on_device.is_cuda
+        if is_gpu:
+            changed = changed.pin_memory()
+        self._on_device.view(-1)[first:stop].copy_(changed, non_blocking=is_gpu)
 
     def lookup(self, beam: int, head: int, tile: int) -> int:
         """The page of a tile, -1 for none."""
