@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: run test check format bench docs soak native clean
+.PHONY: run test check format bench gpu docs soak native clean
 
 run: $(VENV)/.model
 	$(BIN)/pagedkv demo $(ARGS)
@@ -20,6 +20,10 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Checks and measures the GPU back end, with the torch and the Triton that the machine has; installs nothing.
+gpu:
+	PYTHON=$(PYTHON) sh scripts/gpu_check.sh $(ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_docs.py $(ARGS)

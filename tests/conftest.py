@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run interpreted. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pagedkv
 from pagedkv.testing.poison import poisoned_memory
 
 # PAGEDKV_NATIVE=0 runs the suite on the reference; otherwise a missing native core fails the tests that ask for it.
+# Triton's interpreter runs where its compiler does; on a machine with a GPU tests/gpu run its kernels on that.
 BACKENDS = ("reference",) if os.environ.get("PAGEDKV_NATIVE") == "0" else ("reference", "cpu")
+if pagedkv.backends()["triton"].available and os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS += ("triton",)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -54,6 +61,12 @@ def any_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[name for name in BACKENDS if name != "triton"])
+def table_backend(request: pytest.FixtureRequest) -> str:
+    """Each of them that takes the exponentials of a softmax from a table."""
+    return str(request.param)
+
+
 @pytest.fixture
 def smallest_calls() -> dict[str, Callable[..., Any]]:
     """Each op of the table by name, as a function that calls it on a few numbers; keywords are passed on."""
@@ -75,6 +88,9 @@ def smallest_calls() -> dict[str, Callable[..., Any]]:
         "quantize_kv": lambda **options: pagedkv.quantize_kv(tokens[0], torch.int8, **options),
         "apply_rope": lambda **options: pagedkv.apply_rope(
             tokens[0], torch.tensor([3]), pagedkv.RotaryEmbedding(8), **options
+        ),
+        "rope_store_kv": lambda **options: pagedkv.rope_store_kv(
+            tokens[0], *tokens, torch.tensor([3]), pagedkv.RotaryEmbedding(8), *pages, torch.tensor([3]), **options
         ),
         "paged_attention": lambda **options: pagedkv.paged_attention(tokens[0], *pages, plan(8), **options),
         "mla_attention": lambda **options: pagedkv.mla_attention(*tokens, *latents, plan(16), sm_scale=1.0, **options),

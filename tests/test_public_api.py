@@ -18,7 +18,7 @@ PROMISED = set(
     plan_attention paged_attention backends register_backend KVCacheManager check_integrity RadixCache PageAllocator
     fast_compare_key PagedKVError OutOfPagesError IntegrityError BackendUnavailableError TierError CorruptPageError
     TierUnavailableError quantize_kv dequantize_kv apply_rope RotaryEmbedding Llama31Scaling mla_attention store_mla
-    MLAPool cascade_attention
+    MLAPool cascade_attention AttentionPlanBuffers rope_store_kv
     """.split()  # noqa: SIM905
 )
 
