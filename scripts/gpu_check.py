@@ -14,8 +14,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -135,6 +137,10 @@ def _described() -> dict[str, Any]:
         for distribution in (name, f"pytorch-{name}", f"pytorch-{name}-rocm"):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 described[name] = described[name] or metadata.version(distribution)
+    # Triton builds its launchers with a C compiler, at the first launch of each.
+    described["C compiler"] = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    described["Python.h"] = str(header) if header.exists() else None
     try:
         import torch
 
@@ -150,9 +156,8 @@ def _described() -> dict[str, Any]:
 
 def _environment(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     print(", ".join(f"{name} {value}" for name, value in described.items()), flush=True)
-    missing = [name for name in ("torch", "numpy", "triton", "gpu") if not described.get(name)]
-    if run.options.dry_run and "gpu" in missing:
-        missing.remove("gpu")
+    needed = ("torch", "numpy", "triton", *(() if run.options.dry_run else ("gpu", "C compiler", "Python.h")))
+    missing = [name for name in needed if not described.get(name)]
     words = f"missing: {', '.join(missing)}. {described.get('words', '')}".strip() if missing else ""
     return ("failed" if missing else "passed"), {"words": words, **described}
 

@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -223,6 +225,40 @@ def batches(draw):
     }
     cut = {"causal": draw(st.booleans()), "window_left": draw(st.sampled_from([-1, 0, 100, 4000]))}
     return np.array(q_lens, np.int32), np.array(kv_lens, np.int32), group, options, cut
+
+
+def test_a_run_of_few_rows_writes_no_others_whatever_batch_is_in_the_buffers():
+    """As a graph that was captured for fewer tokens than the newest plan has."""
+    buffers = make_buffers(max_num_seqs=2, max_num_pages=2000)
+    small = plan_attention(*make_batch([1], [4]), **HEADS, buffers=buffers)
+    pages = make_pages()
+    around = torch.full((20, HEADS["num_q_heads"], HEADS["head_dim"]), 7.0, device=DEVICE)
+    for q_lens, kv_lens in (([4, 3], [30, 5]), ([12], [40]), ([1, 1], [7000, 900])):  # the last is cut and merged
+        plan_attention(*make_batch(q_lens, kv_lens), **HEADS, buffers=buffers)
+        paged_attention(make_query(1), *pages, small, out=around[4:5], backend="triton")
+        assert (around[:4] == 7).all()
+        assert (around[5:] == 7).all()
+        assert (around[4] != 7).any()
+
+
+def test_a_run_of_few_latent_rows_writes_no_others():
+    heads = {"num_q_heads": 4, "num_kv_heads": 1, "head_dim": 24, "value_dim": 16}
+    buffers = AttentionPlanBuffers(2, 12, 2000, **heads, device=DEVICE)
+    small = plan_attention(*make_batch([1], [4]), **heads, buffers=buffers)
+    latents, ropes = (torch.randn(100, PAGE_SIZE, dim).to(DEVICE) for dim in (16, 8))
+    around = torch.full((20, 4, 16), 7.0, device=DEVICE)
+    for q_lens, kv_lens in (([4, 3], [30, 5]), ([1, 1], [7000, 900])):
+        plan_attention(*make_batch(q_lens, kv_lens), **heads, buffers=buffers)
+        queries = (torch.randn(1, 4, dim).to(DEVICE) for dim in (16, 8))
+        mla_attention(*queries, latents, ropes, small, sm_scale=0.2, out=around[4:5], backend="triton")
+        assert (around[:4] == 7).all()
+        assert (around[5:] == 7).all()
+
+
+@pytest.mark.parametrize("call", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_buffers_are_neither_copied_nor_pickled(call):
+    with pytest.raises(TypeError, match="must stay where they are"):
+        call(make_buffers())
 
 
 @given(batches())

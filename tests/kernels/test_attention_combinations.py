@@ -95,7 +95,9 @@ def test_any_combination_of_options_is_as_exact_as_torch():
         by_table = table_errors(expected.pop("softmax", "exact"), pages, expected.get("value_scales"))
         exact = attention_oracle(*arguments, **expected)
         plain = attention_oracle(*arguments, **expected, arithmetic=torch.float32)
-        for name in available:
+        seed = combination[0]
+        # Half a second each where a kernel is interpreted.
+        for name in available if seed % 4 == 0 else [name for name in available if name != "triton"]:
             try:
                 state = batch.run(backend=name)
             except pagedkv.BackendUnavailableError:

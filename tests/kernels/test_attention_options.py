@@ -33,6 +33,23 @@ def test_rotated_keys_in_the_cache_give_what_rope_gives(any_backend):
     assert_attention_close(rotated.run(backend=any_backend), batch.query, *pages, batch.plan, rope=LLAMA31)
 
 
+@pytest.mark.parametrize("sink", [-200.0, -1e30, 200.0])
+def test_a_row_without_keys_has_the_sink_for_its_lse(sink, any_backend):
+    table = pagedkv.PageTable.from_rows([[], [1]], seq_lens=[0, 3], page_size=4)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    mask = torch.tensor([False, False, False])
+    for options in ({}, {"custom_mask": mask}):
+        plan = pagedkv.plan_attention(starts, table, num_q_heads=1, num_kv_heads=1, head_dim=8, **options)
+        pages = torch.ones(2, 4, 1, 8)
+        state = pagedkv.paged_attention(
+            torch.ones(2, 1, 8), pages, pages, plan, sinks=torch.tensor([sink]), return_lse=True, backend=any_backend
+        )
+        num_without = 2 if options else 1
+        assert (state.out[:num_without] == 0).all()
+        assert (state.lse[:num_without] == torch.tensor(sink)).all()
+        assert state.out.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [I8, E4M3, E5M2], ids=str)
 def test_scales_of_any_strides_in_either_layout(dtype, any_backend):
     batch = attention_batch([1, 12], [40, 33], dtype=dtype, page_size=3)

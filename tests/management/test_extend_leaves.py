@@ -71,7 +71,29 @@ def not_cached_yet(manager):
     return [opened(manager, [number]) for number in range(6)]
 
 
-WORLDS = [different, equal_prompts, with_forks, with_a_truncated_one, with_a_window, not_cached_yet]
+def with_pages_that_forks_have_published(manager):
+    """Their locks reach behind what they have committed."""
+    seqs = [opened(manager, [number]) for number in range(4)]
+    for seq in seqs:
+        seq.append(17)
+    forks = [seq.fork() for seq in seqs]
+    for number, seq in enumerate(seqs):
+        # What `run` commits: forks must agree.
+        seq.commit([100 + (7 * step + number) % 50 for step in range(9)])
+    assert {fork.num_committed for fork in forks} == {1}
+    assert all(fork.num_locked_tokens > 4 for fork in forks)
+    return forks
+
+
+WORLDS = [
+    with_pages_that_forks_have_published,
+    different,
+    equal_prompts,
+    with_forks,
+    with_a_truncated_one,
+    with_a_window,
+    not_cached_yet,
+]
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 4])

@@ -430,6 +430,22 @@ def test_forks_that_disagree_are_refused_before_anything_is_committed(num_before
     check_integrity(manager)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_fork_that_is_behind_must_name_what_the_one_that_fills_the_page_has_named(order):
+    manager = make_manager(page_size=3)
+    ahead = opened(manager, 1)
+    ahead.append(6)
+    behind = ahead.fork()
+    ahead.commit([7])
+    words = "must be those that a fork committed for the same pages, got 9 instead of 7 at position 1"
+    with pytest.raises(ValueError, match=words):
+        manager.commit([ahead, behind][::order], [5, 9][::order])
+    assert (ahead.num_committed, behind.num_committed) == (2, 1)
+    manager.commit([ahead, behind][::order], [5, 7][::order])
+    assert (ahead.num_locked_tokens, behind.num_locked_tokens, behind.token_ids) == (3, 3, (0, 7))
+    check_integrity(manager)
+
+
 @pytest.mark.parametrize("counts", [[2**63 - 1, 1], [2**62, 2**62], 2**31 - 1, 2**40, 13])
 def test_counts_beyond_all_slots_are_out_of_pages_and_change_nothing(counts):
     manager = make_manager(num_pages=6, page_size=2)

@@ -132,6 +132,13 @@ def test_from_rows_never_casts_an_id():
         PageTable.from_rows([[2**40]], seq_lens=[1], page_size=4)
     with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
         PageTable.from_dense(int32(1)[None], int32(1), page_size=0)
+    with pytest.raises(ValueError, match=r"page_size must be below 2\*\*31, got 2147483648"):
+        PageTable.from_rows([[2**31 - 1]], seq_lens=[2**31], page_size=2**31)
+
+
+def test_slots_of_the_largest_pages_fit_in_64_bits():
+    table = PageTable.from_rows([[2**31 - 1]], seq_lens=[2**31 - 1], page_size=2**31 - 1)
+    assert table.slot_mapping(int32(0, 1)).tolist() == [2**31 * (2**31 - 1) - 1]
 
 
 # Tensors on the device "meta" have shapes and no contents: what reads one back fails.

@@ -88,6 +88,8 @@ class AttentionPlanBuffers:
             ("max_seq_len", 1 if max_seq_len is None else max_seq_len),
         ):
             check_int(name, count, minimum=1)
+        if num_q_heads > 2**16:
+            raise ValueError(f"num_q_heads must be at most {2**16}, got {num_q_heads}.")
         if num_q_heads % num_kv_heads:
             raise ValueError(f"num_q_heads must be a multiple of num_kv_heads = {num_kv_heads}, got {num_q_heads}.")
         self.max_num_seqs = max_num_seqs
@@ -111,6 +113,9 @@ class AttentionPlanBuffers:
         views = [self._buffer[part].view(shape) for part, shape in zip(self._parts, shapes, strict=True)]
         self.query_indptr, self.page_indptr, self.seq_lens, *work, self.page_indices = views
         self.device_work = device_work(work, self._num_partial_rows) if work else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("AttentionPlanBuffers must stay where they are, got a call of copy or pickle. Make others.")
 
     @property
     def num_bytes(self) -> int:

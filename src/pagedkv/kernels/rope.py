@@ -151,8 +151,9 @@ def cos_sin_table(rope: RotaryEmbedding, num_positions: int, device: torch.devic
     return table if rows == num_positions else table[:num_positions]
 
 
-# A model has one or two embeddings; a table of 128 ki positions and 128 columns is 64 MiB.
-@kept_tensors(maxsize=8)
+# A model has one or two embeddings; a table of 128 ki positions and 128 columns is 64 MiB, and all shorter ones are
+# together as large. They stay, because a captured graph reads the table it was captured with.
+@kept_tensors(maxsize=64)
 def _table(rope: RotaryEmbedding, rows: int, device: torch.device) -> tuple[torch.Tensor]:
     angles = torch.outer(torch.arange(rows, dtype=torch.float64, device="cpu"), rope.inverse_frequencies())
     return (torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device),)

@@ -31,8 +31,9 @@ def commit(ledger: PageLedger, seqs: list[Sequence], rows: Counts, token_ids: np
     books.append_token_each(rows, token_ids)
     committed = books.tokens.size[rows]
     full = (committed % page_size == 0).nonzero()[0]
-    published = _extend_leaves(ledger, seqs, rows, committed, full)
+    published: list[int] = []
     try:
+        published += _extend_leaves(ledger, seqs, rows, committed, full)
         for number in np.setdiff1d(full, published, assume_unique=True).tolist() if published else full.tolist():
             seqs[number]._publish_full_pages()
             seqs[number]._give_back_behind_window()
@@ -57,8 +58,11 @@ def _extend_leaves(
     is_plain = not (ledger.limited or ledger.allocator.num_extra_owners or np.count_nonzero(books.window[rows]))
     if type(cache) is not RadixCache or not is_plain or len(full) < _FEWEST_AT_ONCE:
         return []
+    # What a fork has published for it is locked, though its own tokens do not reach there yet.
+    ends = books.lock_tokens[rows[full]]
+    is_behind = np.maximum(ends, books.published[rows[full]]) < committed[full]
     chosen, handles, priorities = [], [], []
-    for number, end in zip(full.tolist(), books.lock_tokens[rows[full]].tolist(), strict=True):
+    for number, end in zip(full[is_behind].tolist(), ends[is_behind].tolist(), strict=True):
         seq = seqs[number]
         handle = seq._handle
         # A lock of fewer tokens than its handle names was cut back by a truncate.
@@ -110,15 +114,23 @@ def _check_forks_agree(
 ) -> None:
     """Refuses other ids than forks have published for the same pages, or would publish here."""
     page_size = ledger.page_size
-    published: dict[int, int] = {}
+    filled: dict[int, int] = {}
     for number, seq in enumerate(seqs):
         seq._check_as_forks_committed(token_ids[number : number + 1])
         page, offset = divmod(int(committed[number]), page_size)
-        if offset + 1 < page_size:
-            continue
-        first = published.setdefault(seq._page_view(page).item(0), number)
-        if token_ids[first] != token_ids[number]:
-            raise ValueError(
-                f"token_ids must be equal for forks that share a page, got {token_ids[first]} at position {first} "
-                f"and {token_ids[number]} at position {number}. Fork before the tokens are appended."
-            )
+        if offset + 1 == page_size:
+            first = filled.setdefault(seq._page_view(page).item(0), number)
+            if token_ids[first] != token_ids[number]:
+                raise ValueError(
+                    f"token_ids must be equal for forks that share a page, got {token_ids[first]} at position {first} "
+                    f"and {token_ids[number]} at position {number}. Fork before the tokens are appended."
+                )
+    if not filled:
+        return
+    for number, (seq, position) in enumerate(zip(seqs, committed.tolist(), strict=True)):
+        first = filled.get(seq._page_view(position // page_size).item(0), number)
+        if position < committed[first]:
+            # Not yet at the end of a page that a fork publishes with ids of its own.
+            fork = seqs[first]
+            known = fork._rows.tokens.view(fork._row, position, position + 1)
+            seq._check_equal(known, token_ids[number : number + 1], position)

@@ -60,7 +60,7 @@ class PageTable:
     def __init__(
         self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, *, page_size: int
     ) -> None:
-        check_int("page_size", page_size, minimum=1)
+        _check_page_size(page_size)
         remedy = "Build it with PageTable.from_rows."
         for name, tensor in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
             check_dtype(f"{name} of the page table", tensor, torch.int32, remedy=remedy)
@@ -128,7 +128,7 @@ class PageTable:
 
         Raises: ValueError when a row has fewer pages than its length needs.
         """
-        check_int("page_size", page_size, minimum=1)
+        _check_page_size(page_size)
         if len(rows) != len(seq_lens):
             raise ValueError(f"seq_lens must have one entry a row, got {len(seq_lens)} for {len(rows)} rows.")
         indices: list[int] = []
@@ -156,7 +156,7 @@ class PageTable:
 
         Shapes: dense [S, M] int32, -1 unused; seq_lens [S] int32.
         """
-        check_int("page_size", page_size, minimum=1)
+        _check_page_size(page_size)
         check_dtype("dense", dense, torch.int32)
         check_dtype("seq_lens", seq_lens, torch.int32)
         shapes = Shapes()
@@ -303,6 +303,13 @@ def _on_host(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     if tensors[0].is_cpu:
         return tensors
     return torch.split(torch.cat(tensors).cpu(), [tensor.shape[0] for tensor in tensors])
+
+
+def _check_page_size(page_size: int) -> None:
+    check_int("page_size", page_size, minimum=1)
+    # Slots, which are page * page_size + offset, then fit in 64 bits.
+    if page_size >= 2**31:
+        raise ValueError(f"page_size must be below 2**31, got {page_size}.")
 
 
 def _pages_needed(row: int, seq_len: int, page_size: int) -> int:

@@ -171,9 +171,10 @@ def test_out_counts_as_written():
 @pytest.mark.parametrize("target", [target for target in mla_attention._TILES if target != "interpreted"])
 @pytest.mark.parametrize("num_heads", [1, 8, 16, 20, 32, 48, 64, 128])
 @pytest.mark.parametrize("height", [16, 64, 128])
-def test_the_tiles_of_an_item_cover_its_rows(height, num_heads, target):
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_the_tiles_of_an_item_cover_its_rows(height, num_heads, target, has_mask):
     constants, launch, num_programs = mla_attention._specialised(
-        target, height, num_heads, 512, 64, 16, True, False, True
+        target, height, num_heads, 512, 64, 16, True, False, has_mask, True
     )
     assert constants["BLOCK_ROWS"] * constants["TILES_PER_ITEM"] == height
     assert num_programs == constants["TILES_PER_ITEM"]

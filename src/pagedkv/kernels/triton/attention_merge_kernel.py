@@ -69,6 +69,7 @@ def merge_partials(
         out,
         lse,
         value_scale,
+        out.shape[0],
         num_kv_heads,
         group,
         value_dim,
@@ -83,7 +84,7 @@ def _columns(value_dim: int) -> int:
     return min(int(triton.next_power_of_2(value_dim)), _MAX_COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _merge_partials(
     Sums,
     Stats,
@@ -92,6 +93,7 @@ def _merge_partials(
     Out,
     Lse,
     value_scale,
+    num_tokens,
     num_kv_heads,
     group,
     value_dim,
@@ -106,10 +108,11 @@ def _merge_partials(
     kv_head = (program // num_blocks) % num_kv_heads
     merge = Merges + (program // num_blocks // num_kv_heads).to(tl.int64) * 5
     num_chunks = tl.load(merge + 4)
-    if num_chunks <= 0:
+    token = tl.load(merge)
+    if (num_chunks <= 0) | (token >= num_tokens):
         return
     head = kv_head * group + tl.load(merge + 1)
-    row = tl.load(merge).to(tl.int64) * num_kv_heads * group + head
+    row = token.to(tl.int64) * num_kv_heads * group + head
     # Rows of [R, Hk] from one chunk to the next.
     first = tl.load(merge + 2).to(tl.int64) * num_kv_heads + kv_head
     step = tl.load(merge + 3).to(tl.int64) * num_kv_heads
@@ -156,7 +159,7 @@ def _merge_partials(
 def compile_variants() -> list[Variant]:
     """One row of heads with sinks, and the wide one of MLA."""
     pointers = {"Sums": "*fp32", "Stats": "*fp32", "Merges": "*i32", "Sinks": "*fp32", "Out": "*bf16", "Lse": "*fp32"}
-    numbers = {"value_scale": "fp32", "num_kv_heads": "i32", "group": "i32", "value_dim": "i32"}
+    numbers = {"value_scale": "fp32", "num_tokens": "i32", "num_kv_heads": "i32", "group": "i32", "value_dim": "i32"}
     blocks = {"BLOCK_CHUNKS": _BLOCK_CHUNKS, "BLOCK_STATS": _BLOCK_STATS}
     return [
         Variant(

@@ -8,6 +8,7 @@ or float8 that do not go through float32, and argmax of NaN.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ _original_tensor = interpreter._patch_lang_tensor
 _original_launch = interpreter.GridExecutor.__call__
 _original_reduce = interpreter.ReduceOps.apply_impl
 _patched: set[Any] = set()
+_launching = threading.RLock()
 
 
 def install() -> None:
@@ -88,7 +90,8 @@ def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with np.errstate(all="ignore"):  # NaN, infinities and what overflows are results here, as on a GPU
+    """One at a time: a launch changes the language for all threads."""
+    with _launching, np.errstate(all="ignore"):  # NaN, infinities and what overflows are results here, as on a GPU
         return _original_launch(self, *args, **kwargs)
 
 

@@ -47,7 +47,8 @@ def _blocks(dim: int) -> dict[str, int]:
     return {"BLOCK_ROWS": _BLOCK // columns, "BLOCK_COLUMNS": columns}
 
 
-@triton.jit
+# A new number of rows or states must not compile another kernel, in the middle of a capture for one.
+@triton.jit(do_not_specialize=["num_rows", "num_states"])
 def _merge_states(
     Values,
     Lse,

@@ -18,7 +18,7 @@ from .mla_attention_kernel import attend_latents
 from .runtime import IS_INTERPRETED, on_device
 from .variant import Variant
 
-__all__ = ["compile_variants", "mla_attention"]
+__all__ = ["Tile", "compile_variants", "mla_attention"]
 
 
 class Tile(NamedTuple):
@@ -72,7 +72,7 @@ def mla_attention(
     )
     results = (out, lse, *((None, None) if partials is None else partials))
     numbers = (
-        *(options.sm_scale, plan.window_left, plan.num_q_heads),
+        *(options.sm_scale, plan.window_left, q_latent.shape[0], plan.num_q_heads),
         *(stride for rows in (q_latent, q_rope, latent_pages, rope_pages) for stride in _strides(rows)),
     )
     target = _target(q_latent.device)
@@ -90,6 +90,7 @@ def mla_attention(
                 plan.page_size,
                 plan.causal,
                 plan.window_left >= 0,
+                mask is not None,
                 is_16_bit,
             )
             grid = (items.shape[0] * programs_per_item,)
@@ -124,13 +125,15 @@ def _specialised(
     page_size: int,
     causal: bool,
     has_window: bool,
+    has_mask: bool,
     is_16_bit: bool,
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Constants of the kernel, warps and stages, and how many programs compute an item of `height` rows."""
     latents, ropes = (max(triton.next_power_of_2(dim), 16) for dim in (latent_dim, max(rope_dim, 1)))
     with_care = not is_16_bit or latents > 512 or ropes > 64
     care = _CARE_INTERPRETED if target == "interpreted" else _CARE
-    tile = care if with_care else _tile(target, height, num_heads, page_size)
+    # Reading a mask takes the registers that a tile of 64 rows leaves.
+    tile = care if with_care else _tile(target, min(height, 32) if has_mask else height, num_heads, page_size)
     rows = min(tile.rows, height)
     tiles_per_item = triton.cdiv(height, rows)
     values = latents if target == "interpreted" or not with_care else min(latents, _CARE_VALUES)
@@ -156,10 +159,11 @@ def _specialised(
     return constants, launch, tiles_per_item * triton.cdiv(latent_dim, values)
 
 
-def _tile(target: str, height: int, num_heads: int, page_size: int) -> Tile:
+def _tile(target: str, most_rows: int, num_heads: int, page_size: int) -> Tile:
     tiles, any_rows = _TILES[target]
     for tile in tiles:
-        if height % tile.rows == num_heads % tile.rows == 0 and (page_size % tile.keys == 0 or not tile.whole_pages):
+        fits = most_rows % tile.rows == num_heads % tile.rows == 0
+        if fits and (page_size % tile.keys == 0 or not tile.whole_pages):
             return tile
     return any_rows
 
@@ -170,6 +174,8 @@ def compile_variants() -> list[Variant]:
     cases: list[tuple[int, int, int, str, str, bool, tuple[str, ...]]] = [
         (128, 64, 64, "bf16", "bf16", False, ("Mask", "Mask_indptr")),
         (128, 64, 64, "fp16", "fp16", True, ("Lse",)),
+        (128, 64, 64, "fp16", "fp16", True, ("Mask", "Mask_indptr", "Lse")),
+        (128, 16, 64, "bf16", "bf16", False, ("Mask", "Mask_indptr")),
         (128, 16, 64, "bf16", "bf16", True, ()),
         (32, 16, 64, "bf16", "bf16", False, ("Mask", "Mask_indptr", "Sums", "Stats")),
         (16, 1, 0, "fp16", "fp16", False, ("Q_rope", "Rope_pages", "Mask", "Mask_indptr")),
@@ -186,13 +192,15 @@ def _variants(
 ) -> list[Variant]:
     """One call as each target computes it."""
     targets = [target for target in _TILES if target != "interpreted"]
-    shape = 64, num_heads, 512, rope_dim, page_size, not has_window, has_window, query == pages != "fp32"
+    visible = not has_window, has_window, "Mask" not in absent
+    shape = 64, num_heads, 512, rope_dim, page_size, *visible, query == pages != "fp32"
     specialised = {target: _specialised(target, *shape)[:2] for target in targets}
     types = {name: kind for name, kind in _signature(query, pages).items() if name not in absent}
     variants = {}
     for constants, launch in specialised.values():
         tile = f"{constants['BLOCK_ROWS']}x{constants['BLOCK_KEYS']}x{launch['num_stages']}"
-        name = f"mla-{query}-{pages}-H{num_heads}-P{page_size}-R{rope_dim}-{tile}"
+        options = ("-window" if has_window else "") + ("" if "Mask" in absent else "-mask")
+        name = f"mla-{query}-{pages}-H{num_heads}-P{page_size}-R{rope_dim}-{tile}{options}"
         variants[name] = Variant(
             name,
             attend_latents,

@@ -16,7 +16,7 @@ from .language import LOG2E
 __all__: list[str] = []
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def attend_latents(
     Q_latent,
     Q_rope,
@@ -35,6 +35,7 @@ def attend_latents(
     Stats,
     sm_scale: tl.float32,
     window_left,
+    num_tokens,
     num_heads,
     stride_q_latent_token,
     stride_q_latent_head,
@@ -80,7 +81,8 @@ def attend_latents(
     start, stop = tl.load(item + 2), tl.load(item + 3)
     first_token = tl.load(Query_indptr + seq)
     q_len = tl.load(Query_indptr + seq + 1) - first_token
-    num_rows = q_len * num_heads
+    # In fixed-address buffers there may be a newer, larger batch than the one whose rows were given.
+    num_rows = tl.minimum(q_len, num_tokens - first_token) * num_heads
     if first_row >= num_rows:
         return
     kv_len = tl.load(Seq_lens + seq)

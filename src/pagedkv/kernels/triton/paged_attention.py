@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 
@@ -10,7 +12,7 @@ from ..attention_plan import AttentionPlan
 from ..pages import mark_written
 from .attention_merge_kernel import Partials, merge_partials, new_partials
 from .attention_work import work_of
-from .paged_attention_form import form_of
+from .paged_attention_form import Call, Form, Launch, form_of
 from .paged_attention_kernel import attend_tile
 from .runtime import IS_INTERPRETED, on_device
 
@@ -31,12 +33,13 @@ def paged_attention(
         return
     work = work_of(plan)
     partials = new_partials(work, plan.num_kv_heads, plan.value_dim)
-    tables = work[:3]
-    target = _target()
+    target = _target(query.device)
+    call = Call.of(query.dtype, key_pages.dtype, out.dtype, plan, options)
     with on_device(query):
-        for kind, items in enumerate(tables):
+        for kind, items in enumerate(work[:3]):
             if items.shape[0]:
-                _launch(kind, items, target, query, key_pages, value_pages, plan, options, partials, out, lse)
+                form, launch = form_of(kind, target, call)
+                _launch(form, launch, items, query, key_pages, value_pages, plan, options, partials, out, lse)
         if partials is not None:
             merge_partials(
                 partials,
@@ -51,9 +54,9 @@ def paged_attention(
 
 
 def _launch(
-    kind: int,
+    form: Form,
+    launch: Launch,
     items: torch.Tensor,
-    target: str,
     query: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
@@ -63,7 +66,6 @@ def _launch(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    form, launch = form_of(kind, target, query.dtype, key_pages.dtype, out.dtype, plan, options)
     sums, stats = (None, None) if partials is None else partials
     if key_pages.dtype.itemsize == 1 and key_pages.dtype != torch.int8:
         key_pages, value_pages = key_pages.view(torch.uint8), value_pages.view(torch.uint8)
@@ -90,6 +92,7 @@ def _launch(
         sums,
         stats,
         items.shape[0],
+        query.shape[0],
         plan.num_kv_heads,
         options.sm_scale,
         options.soft_cap,
@@ -111,9 +114,11 @@ def _token_strides(scales: torch.Tensor) -> tuple[int, int, int]:
     return page, token, head
 
 
-def _target() -> str:
+@functools.cache
+def _target(device: torch.device) -> str:
     """What kernels are compiled for, such as "cuda:90"; an interpreted one is as for that."""
     if IS_INTERPRETED:
         return "cuda:90"
-    target = triton.runtime.driver.active.get_current_target()
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
     return f"{target.backend}:{target.arch}"

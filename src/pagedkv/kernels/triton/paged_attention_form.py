@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,7 @@ from .attention_work import tile_heights
 from .paged_attention_kernel import attend_tile
 from .variant import Variant
 
-__all__ = ["TILES_OVERRIDE", "Form", "Launch", "compile_variants", "form_of"]
-
-# For tuning: kind of tiles ("few", "some", "many") to keys of a block, warps and stages.
-TILES_OVERRIDE: dict[str, tuple[int, int, int]] = {}
+__all__ = ["Call", "Form", "Launch", "compile_variants", "form_of"]
 
 _TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _TILE_NAMES = ("few", "some", "many")
@@ -26,6 +24,59 @@ _EIGHT_BITS = tuple(_KINDS)
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # Beyond these a scale is multiplied into logits first, so that a product of it with a power of two stays a number.
 _PLAIN_SCALES = 1e-3, 1e30
+
+
+class Call(NamedTuple):
+    """What of a call decides how the kernel is specialised: equal for the layers of a model and most of its steps.
+
+    is_natural: as of `Form`. rope_dim: 0 for no rotation.
+    """
+
+    query_dtype: torch.dtype
+    page_dtype: torch.dtype
+    out_dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    group: int
+    page_size: int
+    causal: bool
+    has_window: bool
+    has_mask: bool
+    has_cap: bool
+    has_value_scales: bool
+    is_natural: bool
+    rope_dim: int
+    is_interleaved: bool
+
+    @classmethod
+    def of(
+        cls,
+        query_dtype: torch.dtype,
+        page_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        plan: AttentionPlan,
+        options: AttentionOptions,
+    ) -> Call:
+        """That of a plan and options, whose tensors are present or not."""
+        low, high = _PLAIN_SCALES
+        has_cap = options.soft_cap > 0
+        return cls(
+            query_dtype=query_dtype,
+            page_dtype=page_dtype,
+            out_dtype=out_dtype,
+            head_dim=plan.head_dim,
+            value_dim=plan.value_dim,
+            group=plan.group,
+            page_size=plan.page_size,
+            causal=plan.causal,
+            has_window=plan.window_left >= 0,
+            has_mask=plan.custom_mask is not None,
+            has_cap=has_cap,
+            has_value_scales=options.value_scales is not None,
+            is_natural=has_cap or options.alibi_slopes is not None or not low <= options.sm_scale <= high,
+            rope_dim=0 if options.rope_table is None else 2 * options.rope_table.shape[1],
+            is_interleaved=options.rope_interleaved,
+        )
 
 
 class Form(NamedTuple):
@@ -77,87 +128,72 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def form_of(
-    kind: int,
-    target: str,
-    query_dtype: torch.dtype,
-    page_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    plan: AttentionPlan,
-    options: AttentionOptions,
-) -> tuple[Form, Launch]:
+@functools.lru_cache(maxsize=1024)
+def form_of(kind: int, target: str, call: Call) -> tuple[Form, Launch]:
     """What the kernel of items of a kind (0 few, 1 some, 2 many rows) is specialised for on a target ("cuda:90")."""
-    query_as = _query_as(query_dtype, page_dtype, options)
-    value_dtype, num_parts = _value_dtype(page_dtype, out_dtype, options)
-    tile, launch = _tile(kind, target, plan, options, page_dtype, query_as, value_dtype, num_parts)
-    low, high = _PLAIN_SCALES
+    query_as = _query_as(call)
+    value_dtype, num_parts = _value_dtype(call)
+    tile, launch = _tile(kind, target, call, query_as, value_dtype, num_parts)
     form = Form(
-        head_dim=plan.head_dim,
-        value_dim=plan.value_dim,
-        group=plan.group,
-        page_size=plan.page_size,
-        causal=plan.causal,
-        has_window=plan.window_left >= 0,
-        page_kind=_KINDS.get(page_dtype, "number"),
-        has_e4m3=not target.startswith("cuda:8") or target == "cuda:89",
+        head_dim=call.head_dim,
+        value_dim=call.value_dim,
+        group=call.group,
+        page_size=call.page_size,
+        causal=call.causal,
+        has_window=call.has_window,
+        page_kind=_KINDS.get(call.page_dtype, "number"),
+        has_e4m3=target.startswith("cuda") and int(target.removeprefix("cuda:")) >= 89,
         query_as=query_as,
         value_dtype=value_dtype,
         num_parts=num_parts,
         weight_scale=16384.0 if num_parts > 1 and value_dtype == tl.float16 else 1.0,
-        has_cap=options.soft_cap > 0,
-        is_natural=options.soft_cap > 0 or options.alibi_slopes is not None or not low <= options.sm_scale <= high,
-        rope_dim=0 if options.rope_table is None else 2 * options.rope_table.shape[1],
-        is_interleaved=options.rope_interleaved,
+        has_cap=call.has_cap,
+        is_natural=call.is_natural,
+        rope_dim=call.rope_dim,
+        is_interleaved=call.is_interleaved,
         heads_outer=kind == 2,
         **tile,
     )
     return form, launch
 
 
-def _query_as(query_dtype: torch.dtype, page_dtype: torch.dtype, options: AttentionOptions) -> str:
+def _query_as(call: Call) -> str:
     """How q.k is computed without rounding q or k; see `Form`."""
-    if options.rope_table is None and query_dtype in _SIXTEEN_BITS:
-        if query_dtype == page_dtype:
+    if not call.rope_dim and call.query_dtype in _SIXTEEN_BITS:
+        if call.query_dtype == call.page_dtype:
             return "same"
-        if page_dtype in _EIGHT_BITS:
+        if call.page_dtype in _EIGHT_BITS:
             return "float16"
     return "float32"
 
 
-def _value_dtype(page_dtype: torch.dtype, out_dtype: torch.dtype, options: AttentionOptions) -> tuple[Any, int]:
+def _value_dtype(call: Call) -> tuple[Any, int]:
     """The dtype, exact for values, of the product of weights and values; and the parts a weight needs to keep as many
     bits as the result has."""
-    if page_dtype == torch.float32:
+    if call.page_dtype == torch.float32:
         return tl.float32, 1
     # Weights times the scales of tokens may be of any size.
-    if page_dtype == torch.bfloat16 or (page_dtype in _EIGHT_BITS and options.value_scales is not None):
-        return tl.bfloat16, {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[out_dtype]
-    return tl.float16, 2 if out_dtype == torch.float32 else 1
+    if call.page_dtype == torch.bfloat16 or (call.page_dtype in _EIGHT_BITS and call.has_value_scales):
+        return tl.bfloat16, {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[call.out_dtype]
+    return tl.float16, 2 if call.out_dtype == torch.float32 else 1
 
 
 def _tile(
-    kind: int,
-    target: str,
-    plan: AttentionPlan,
-    options: AttentionOptions,
-    page_dtype: torch.dtype,
-    query_as: str,
-    value_dtype: Any,
-    num_parts: int,
+    kind: int, target: str, call: Call, query_as: str, value_dtype: Any, num_parts: int
 ) -> tuple[dict[str, int], Launch]:
     """Sizes of blocks: as large as registers and shared memory of the target hold."""
-    widest = max(plan.head_dim, plan.value_dim)
+    widest = max(call.head_dim, call.value_dim)
     height = tile_heights(widest)[kind]
-    block_v = max(triton.next_power_of_2(plan.value_dim), 16)
+    block_v = max(triton.next_power_of_2(call.value_dim), 16)
     is_float32 = query_as == "float32" or value_dtype == tl.float32
     if query_as == "float32":
-        most = 64 if options.rope_table is None else 32
-        block_d, rest_d = min(max(triton.next_power_of_2(plan.head_dim), 16), most), 0
+        most = 32 if call.rope_dim else 64
+        block_d, rest_d = min(max(triton.next_power_of_2(call.head_dim), 16), most), 0
     else:
-        block_d, rest_d = _split(plan.head_dim)
+        block_d, rest_d = _split(call.head_dim)
     has_much_memory = target in ("cuda:90", "cuda:100", "cuda:103")  # 227 KiB a block, and registers to match
     # Conversions of codes and parts of weights take registers.
-    is_tight = page_dtype.itemsize == 1 or num_parts > 1
+    is_tight = call.page_dtype.itemsize == 1 or num_parts > 1
     edge_n = 16
     if is_float32 or widest > 256:
         block_m = min(height, 32 if widest <= 128 else 16)
@@ -165,7 +201,7 @@ def _tile(
         edge_n = 32 if widest <= 128 else 16
     elif kind == 0:
         block_m, num_warps = height, 4
-        block_n, num_stages = 64 if widest <= 128 else 32, 4 if page_dtype.itemsize == 1 else 3
+        block_n, num_stages = 64 if widest <= 128 else 32, 4 if call.page_dtype.itemsize == 1 else 3
         edge_n = 32 if widest <= 128 else 16
     elif widest > 128:
         block_m, block_n, num_warps, num_stages = height, 32, 8, 2
@@ -178,14 +214,13 @@ def _tile(
                 block_m, num_warps = 64, 8
     if target.startswith("hip"):
         num_stages = min(num_stages, 2)
-        if kind > 0 and options.soft_cap > 0:
+        if kind > 0 and call.has_cap:
             block_n = min(block_n, 32)
-        if page_dtype.itemsize == 1:
+        if call.page_dtype.itemsize == 1:
             block_m = min(block_m, 32)
             num_warps = min(num_warps, 4)
-    block_n, num_warps, num_stages = TILES_OVERRIDE.get(_TILE_NAMES[kind], (block_n, num_warps, num_stages))
     edge_n, edge_stages = min(edge_n, block_n), 1
-    if plan.custom_mask is not None:  # all blocks have masks
+    if call.has_mask:  # all blocks have masks
         if kind > 0 and not is_float32:
             block_m, block_n, edge_n, num_warps = min(block_m, 64), 32, 32, 8
         block_n, edge_stages = edge_n, num_stages
@@ -278,7 +313,7 @@ def _variant(
     rules = {"page_size": 64, "causal": True, "window_left": -1}
     plan = AttentionPlan(**{**arrays, **heads, **counts, **rules, **of_plan})
     options = AttentionOptions(sm_scale=0.125, **of_options)
-    form, launch = form_of(kind, target, dtypes[0], dtypes[1], dtypes[2], plan, options)
+    form, launch = form_of(kind, target, Call.of(dtypes[0], dtypes[1], dtypes[2], plan, options))
     integers = ("Items", "QueryIndptr", "PageIndptr", "PageIds", "SeqLens")
     floats = {"Sinks": options.sinks, "Slopes": options.alibi_slopes, "RopeTable": options.rope_table}
     floats |= {"KeyScales": options.key_scales, "ValueScales": options.value_scales}
@@ -288,7 +323,9 @@ def _variant(
     if plan.custom_mask is not None:
         pointers |= {"Mask": "*i1", "MaskIndptr": "*i64"}
     numbers = dict.fromkeys(("sm_scale", "soft_cap", "value_scale"), "fp32")
-    numbers |= dict.fromkeys(("num_items", "num_kv_heads", "window_left", *_STRIDES, *_SCALE_STRIDES), "i32")
+    numbers |= dict.fromkeys(
+        ("num_items", "num_tokens", "num_kv_heads", "window_left", *_STRIDES, *_SCALE_STRIDES), "i32"
+    )
     absent = dict.fromkeys(set(attend_tile.arg_names) - {*pointers, *numbers, "FORM"})
     return Variant(
         name,

@@ -22,7 +22,7 @@ from .language import LOG2E
 __all__ = ["attend_tile"]
 
 
-@triton.jit(do_not_specialize=["num_items", "window_left"])
+@triton.jit(do_not_specialize=["num_items", "num_tokens", "window_left"])
 def attend_tile(
     Query,
     Keys,
@@ -44,6 +44,7 @@ def attend_tile(
     Sums,
     Stats,
     num_items,
+    num_tokens,
     num_kv_heads,
     sm_scale,
     soft_cap,
@@ -90,7 +91,9 @@ def attend_tile(
     query_len = tl.load(QueryIndptr + sequence + 1) - query_start
     item_row = tl.load(item_at + 1)
     first_row = item_row + subtile * FORM.block_m
-    stop_row = tl.minimum(tl.minimum(first_row + FORM.block_m, item_row + FORM.height), query_len * FORM.group)
+    # In fixed-address buffers there may be a newer, larger batch than the one whose rows were given.
+    num_rows = tl.minimum(query_len, num_tokens - query_start) * FORM.group
+    stop_row = tl.minimum(tl.minimum(first_row + FORM.block_m, item_row + FORM.height), num_rows)
     if first_row >= stop_row:
         return
     seq_len = tl.load(SeqLens + sequence)
@@ -194,15 +197,15 @@ def attend_tile(
         tl.store(Stats + to * 2, highest, mask=row_exists)
         tl.store(Stats + to * 2 + 1, total, mask=row_exists)
     else:
-        base = tl.where(highest == float("-inf"), 0.0, highest)
         if Sinks is not None:
             sinks = tl.load(Sinks + heads, mask=row_exists, other=0.0)
-            highest = tl.maximum(highest, sinks)
-            new_base = tl.where(highest == float("-inf"), 0.0, highest)
-            rescale = tl.exp2((base - new_base) * LOG2E)
-            total = total * rescale + tl.exp2((sinks - new_base) * LOG2E)
+            of_keys, highest = highest, tl.maximum(highest, sinks)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        if Sinks is not None:
+            # Of a row that has seen nothing exp(-inf) = 0, however low the sink.
+            rescale = tl.exp2((of_keys - base) * LOG2E)
+            total = total * rescale + tl.exp2((sinks - base) * LOG2E)
             acc *= rescale[:, None]
-            base = new_base
         # Not `total > 0`: a NaN must show.
         is_empty = total == 0
         total = tl.where(is_empty, 1.0, total)
@@ -255,11 +258,11 @@ def _attend_keys(
         key_rows = token_rows(pages, first, key_page, key_token, FORM.page_size, BLOCK)
         value_rows = token_rows(pages, first, value_page, value_token, FORM.page_size, BLOCK)
         if KeyScales is not None:
-            at = token_rows(pages, first, key_scale_page, key_scale_token, FORM.page_size, BLOCK)
-            key_scales = tl.load(KeyScales + key_scale_head + at, mask=exists, other=0.0)
+            scale_rows = token_rows(pages, first, key_scale_page, key_scale_token, FORM.page_size, BLOCK)
+            key_scales = tl.load(KeyScales + key_scale_head + scale_rows, mask=exists, other=0.0)
         if ValueScales is not None:
-            at = token_rows(pages, first, value_scale_page, value_scale_token, FORM.page_size, BLOCK)
-            value_scales = tl.load(ValueScales + value_scale_head + at, mask=exists, other=0.0)
+            scale_rows = token_rows(pages, first, value_scale_page, value_scale_token, FORM.page_size, BLOCK)
+            value_scales = tl.load(ValueScales + value_scale_head + scale_rows, mask=exists, other=0.0)
         # The pages of the next block now, so that its loads need not wait for them.
         first += BLOCK
         if IS_EDGE:
