@@ -27,7 +27,7 @@ def test_entries_below_0_are_read_as_0(function):
     assert gathered(function, flat, [5, 90], [40, 60]) == np.maximum(np.r_[flat[5:45], flat[90:150]], 0).tolist()
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="the native core is not here")
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("starts", "indptr", "num_values"),
     [
