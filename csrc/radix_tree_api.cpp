@@ -143,16 +143,27 @@ void extend_leaves(Tree& self, const TensorView& handles, const TensorView& toke
                    const TensorView& priorities, const TensorView& grown) {
   const Turn turn(self);
   const bool is_wide = is_dtype(tokens, kDLInt, 64);
+  const int64_t page_size = self.tree.page_size();
+  struct Row {
+    int64_t token, page, num_pages;
+  };
+  const auto row_of = [&](int64_t i) -> Row {
+    return {data<int64_t>(token_starts)[i], data<int64_t>(page_starts)[i], data<int64_t>(counts)[i]};
+  };
+  // All rows before the first leaf grows.
   for (int64_t i = 0; i < counts.numel(); ++i) {
-    const int64_t* row = data<int64_t>(handles) + 3 * i;
-    const RadixTreeHandle handle{row[0], row[1], row[2]};
-    const int64_t num_pages = data<int64_t>(counts)[i], num_tokens = num_pages * self.tree.page_size();
-    const int64_t token = data<int64_t>(token_starts)[i], page = data<int64_t>(page_starts)[i];
-    if (num_pages < 0 || token < 0 || token + num_tokens > tokens.numel() || page < 0 || page + num_pages > pages.numel())
+    const auto [token, page, num_pages] = row_of(i);
+    if (num_pages < 0 || token < 0 || token + num_pages * page_size > tokens.numel() || page < 0 ||
+        page + num_pages > pages.numel())
       TVM_FFI_THROW(ValueError) << "rows must lie in tokens and pages, got row " << i << " of " << num_pages << " pages.";
+  }
+  for (int64_t i = 0; i < counts.numel(); ++i) {
+    const auto [token, page, num_pages] = row_of(i);
+    const int64_t* handle_row = data<int64_t>(handles) + 3 * i;
+    const RadixTreeHandle handle{handle_row[0], handle_row[1], handle_row[2]};
     data<bool>(grown)[i] = false;
     if (!self.tree.ends_growing_leaf(handle)) continue;
-    const TokenSpan span{data<char>(tokens) + token * item_bytes(tokens), is_wide, num_tokens};
+    const TokenSpan span{data<char>(tokens) + token * item_bytes(tokens), is_wide, num_pages * page_size};
     try {
       self.tree.extend(handle, span, data<int32_t>(pages) + page, true, data<int64_t>(priorities)[i]);
       data<bool>(grown)[i] = true;

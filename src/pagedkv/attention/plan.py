@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..kernels.attention_plan import AttentionPlan, DeviceWork
+from ..kernels import triton
+from ..kernels.attention_plan import AttentionPlan, DeviceWork, PlanSettings
 from ..kernels.cpu.attention_work import divide_attention
-from ..kernels.upload import uploaded, uploaded_together
+from ..kernels.upload import uploaded
 from ..shapes import check_device, check_dtype, check_int
 from ..storage.page_table import PageTable
-from .device_work import device_work, triton_module
-from .plan_buffers import AttentionPlanBuffers, PlanSettings
+from .plan_buffers import AttentionPlanBuffers
 
 __all__ = ["plan_attention"]
 
@@ -139,21 +137,13 @@ def _plan_in(
 
 
 def _device_work(settings: PlanSettings, starts: npt.NDArray[np.int32], table: PageTable) -> DeviceWork | None:
-    """The cut for the programs of a GPU, in one copy that is not waited for; None where no back end takes it."""
-    module: Any = triton_module("attention_work", table.device)
+    """The cut for the programs of a GPU, which is not waited for; None where no back end takes it."""
+    module = triton.module_for(table.device, "attention_work")
     if module is None:
         return None
-    work = module.divide_attention(
-        np.diff(starts),
-        table.host.seq_lens,
-        group=settings.num_q_heads // settings.num_kv_heads,
-        num_kv_heads=settings.num_kv_heads,
-        head_dim=max(settings.head_dim, settings.value_dim),
-        causal=settings.causal,
-        window_left=settings.window_left,
-        num_multiprocessors=module.num_multiprocessors(table.device),
-    )
-    return device_work(uploaded_together([*work.items, work.merges], table.device), work.num_partial_rows)
+    host = module.divide_batch(settings, np.diff(starts), table.host.seq_lens, table.device)
+    work: DeviceWork = module.uploaded_work(host, table.device)
+    return work
 
 
 def _num_positions(starts: npt.NDArray[np.int32], table: PageTable) -> int:

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..kernels import triton
+from ..kernels.attention_plan import DeviceWork, PlanSettings
 from ..kernels.upload import aligned_offsets
 from ..shapes import check_int
 from ..storage.page_table import HostTable
-from .device_work import device_work, triton_module
 
-__all__ = ["AttentionPlanBuffers", "PlanSettings"]
+__all__ = ["AttentionPlanBuffers"]
 
 _Ints = npt.NDArray[np.int32]
-
-
-class PlanSettings(NamedTuple):
-    """What kernels of a captured graph have as constants."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    page_size: int
-    causal: bool
-    window_left: int
 
 
 class AttentionPlanBuffers:
@@ -112,7 +101,7 @@ class AttentionPlanBuffers:
         self._parts = [slice(start, start + size) for start, size in zip(offsets, sizes, strict=False)]
         views = [self._buffer[part].view(shape) for part, shape in zip(self._parts, shapes, strict=True)]
         self.query_indptr, self.page_indptr, self.seq_lens, *work, self.page_indices = views
-        self.device_work = device_work(work, self._num_partial_rows) if work else None
+        self.device_work = DeviceWork.of(work, self._num_partial_rows) if work else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("AttentionPlanBuffers must stay where they are, got a call of copy or pickle. Make others.")
@@ -131,8 +120,8 @@ class AttentionPlanBuffers:
 
     def _work_limits(self) -> tuple[list[tuple[int, int]], int]:
         """Shapes of items and merges of any batch, and the number of its partial rows; none without the back end."""
-        capacity = triton_module("work_capacity", self.device)
-        if capacity is None:
+        capacity, runtime = (triton.module_for(self.device, name) for name in ("work_capacity", "runtime"))
+        if capacity is None or runtime is None:
             return [], 0
         num_q_heads, num_kv_heads, head_dim, value_dim = self._heads
         most = capacity.work_capacity(
@@ -143,7 +132,7 @@ class AttentionPlanBuffers:
             group=num_q_heads // num_kv_heads,
             num_kv_heads=num_kv_heads,
             head_dim=max(head_dim, value_dim),
-            num_multiprocessors=_triton("runtime", self.device).num_multiprocessors(self.device),
+            num_multiprocessors=runtime.num_multiprocessors(self.device),
         )
         return [(count, _WORK_COLUMNS) for count in (*most.items, most.merges)], most.num_partial_rows
 
@@ -195,16 +184,9 @@ class AttentionPlanBuffers:
         """Items, with sequence -1 for none, and merges, with 0 chunks for none, as far as they fit by their bounds."""
         if self.device_work is None:
             return []
-        work = _triton("attention_work", self.device).divide_attention(
-            np.diff(starts),
-            table.seq_lens,
-            group=settings.num_q_heads // settings.num_kv_heads,
-            num_kv_heads=settings.num_kv_heads,
-            head_dim=max(settings.head_dim, settings.value_dim),
-            causal=settings.causal,
-            window_left=settings.window_left,
-            num_multiprocessors=_triton("runtime", self.device).num_multiprocessors(self.device),
-        )
+        module = triton.module_for(self.device, "attention_work")
+        assert module is not None  # it gave the limits
+        work = module.divide_batch(settings, np.diff(starts), table.seq_lens, self.device)
         parts = [*work.items, work.merges]
         assert work.num_partial_rows <= self._num_partial_rows  # by work_capacity
         assert all(array.shape[0] <= room.shape[0] for array, room in zip(parts, self.device_work[:4], strict=True))
@@ -250,12 +232,6 @@ class _Staging:
             event = self._copied[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(buffer.device))
             self._copied[self._turn] = event
-
-
-def _triton(name: str, device: torch.device) -> Any:
-    module = triton_module(name, device)
-    assert module is not None  # asked for only where the back end runs
-    return module
 
 
 def _largest(counts: Sequence[int] | npt.NDArray[Any]) -> int:

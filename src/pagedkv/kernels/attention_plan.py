@@ -8,7 +8,24 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["AttentionPlan", "DeviceWork"]
+__all__ = ["AttentionPlan", "DeviceWork", "PlanSettings"]
+
+
+class PlanSettings(NamedTuple):
+    """What of a plan is no matter of the batch."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    page_size: int
+    causal: bool
+    window_left: int
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.num_q_heads // self.num_kv_heads
 
 
 class DeviceWork(NamedTuple):
@@ -25,6 +42,12 @@ class DeviceWork(NamedTuple):
     many: torch.Tensor
     merges: torch.Tensor
     num_partial_rows: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], num_partial_rows: int) -> DeviceWork:
+        """From items of the three heights, and merges."""
+        few, some, many, merges = tensors
+        return cls(few, some, many, merges, num_partial_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +82,11 @@ class AttentionPlan:
     mask_indptr: torch.Tensor | None = None
     work: torch.Tensor | None = None
     device_work: DeviceWork | None = None
+
+    @property
+    def settings(self) -> PlanSettings:
+        """The plan without its batch."""
+        return PlanSettings(*(getattr(self, name) for name in PlanSettings._fields))
 
     @property
     def num_seqs(self) -> int:
@@ -109,8 +137,7 @@ class AttentionPlan:
         query_indptr, page_indptr, page_indices, seq_lens, *work = tensors
         device_work = None
         if len(work) >= 4:
-            few, some, many, merges = work[-4:]
-            device_work = DeviceWork(few, some, many, merges, num_partial_rows)
+            device_work = DeviceWork.of(work[-4:], num_partial_rows)
         custom_mask, mask_indptr = masks if masks else (None, None)
         return cls(
             query_indptr=query_indptr,

@@ -64,10 +64,10 @@ def test_tiles_of_each_height(query_len, heads):
     assert_attention_close(attend(*tensors), *tensors)
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_codes_are_converted_right_on_every_target(monkeypatch, target, dtype):
-    monkeypatch.setattr(launcher, "_target", lambda device: target)
+    monkeypatch.setattr(launcher, "target_of", lambda device: target)
     query, key_pages, value_pages, plan = batch([1, 3], [20, 33], dtype=torch.bfloat16)
     pages = [(pages.float().nan_to_num() * 20).clamp(-120, 120).to(dtype) for pages in (key_pages, value_pages)]
     scales = torch.rand(2, *key_pages.shape[:1], 1, 16) * 0.1

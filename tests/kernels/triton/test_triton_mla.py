@@ -11,7 +11,7 @@ from pagedkv.kernels.attention_plan import DeviceWork
 from pagedkv.kernels.merge_states import AttentionState
 from pagedkv.kernels.triton import mla_attention
 from pagedkv.kernels.triton.attention_work import work_of
-from pagedkv.kernels.triton.runtime import IS_INTERPRETED
+from pagedkv.kernels.triton.runtime import IS_INTERPRETED, target_of
 from pagedkv.testing.conformance.judge import placed
 from pagedkv.testing.mla_batch import mla_batch
 from pagedkv.testing.mla_numeric import assert_mla_close, mla_oracle
@@ -19,7 +19,7 @@ from pagedkv.testing.mla_numeric import assert_mla_close, mla_oracle
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Interpreted, the tiles of any GPU can run; on a GPU its own.
-TARGETS = [*mla_attention._TILES] if IS_INTERPRETED else [mla_attention._target(DEVICE)]
+TARGETS = [*mla_attention._TILES] if IS_INTERPRETED else [mla_attention._tiles_of(target_of(DEVICE))]
 ANY_TARGET = TARGETS[1 if IS_INTERPRETED else 0]
 
 
@@ -33,7 +33,7 @@ def assert_close(batch, **changes):
 
 
 def take_tiles_of(target, monkeypatch):
-    monkeypatch.setattr(mla_attention, "_target", lambda device: target)
+    monkeypatch.setattr(mla_attention, "target_of", lambda device: target)
 
 
 # New and all tokens of each sequence, and the settings of `mla_batch`.

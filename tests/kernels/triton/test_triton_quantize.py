@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pagedkv
-from pagedkv.kernels.triton import quantize_kernel
+from pagedkv.kernels.triton import runtime
 from pagedkv.kernels.triton.runtime import IS_INTERPRETED
 from pagedkv.testing.conformance import ConformanceCase
 from pagedkv.testing.conformance.judge import moves_as_reference
@@ -18,9 +18,9 @@ F32, F16, BF16, I8, E4M3 = torch.float32, torch.float16, torch.bfloat16, torch.i
 @pytest.fixture(params=[False, True], ids=["of bits", "by the instruction"])
 def has_e4m3(request, monkeypatch):
     """Whether codes of float8_e4m3fn are made by the instruction; the interpreter has both."""
-    if request.param and not IS_INTERPRETED and not quantize_kernel.has_e4m3(torch.device("cuda")):
+    if request.param and not IS_INTERPRETED and not runtime.has_e4m3(runtime.target_of(torch.device("cuda"))):
         pytest.skip("needs a GPU that rounds to float8_e4m3fn")
-    monkeypatch.setattr(quantize_kernel, "has_e4m3", lambda device: request.param)
+    monkeypatch.setattr(runtime, "has_e4m3", lambda target: request.param)
 
 
 def assert_as_reference(x, dtype):

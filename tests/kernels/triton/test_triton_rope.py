@@ -11,6 +11,7 @@ import pagedkv
 from pagedkv import RotaryEmbedding
 from pagedkv.kernels.triton import rope as rope_file
 from pagedkv.kernels.triton import rope_store_kv as fused_file
+from pagedkv.kernels.triton import runtime, shared_slots
 from pagedkv.testing.bits import same_bits, storage_bytes
 
 ROPES = {
@@ -34,7 +35,7 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def few_that_look_ahead(monkeypatch):
     """Calls as of many tokens: claims, and a second launch."""
-    monkeypatch.setattr(fused_file, "_MOST_THAT_LOOK_AHEAD", 4)
+    monkeypatch.setattr(shared_slots, "_MOST_THAT_LOOK_AHEAD", 4)
 
 
 def turned(x, positions, rope, backend="triton"):
@@ -167,7 +168,7 @@ def test_rope_store_kv_in_many_programs_has_the_bits_of_the_reference(name, code
 def test_the_last_token_of_a_slot_wins_among_many(
     codes, slots, num_claims, small_tiles, few_that_look_ahead, monkeypatch
 ):
-    monkeypatch.setattr(fused_file, "_MOST_CLAIMS", num_claims)
+    monkeypatch.setattr(shared_slots, "_MOST_CLAIMS", num_claims)
     slot_mapping = {
         "many-duplicates": torch.randint(-3, 20, (60,)),
         "one-slot": torch.full((60,), 7),
@@ -195,7 +196,7 @@ def test_slots_beyond_the_pool_that_are_not_refused_are_skipped(num_tokens, few_
     arguments = a_call(num_tokens, slots)
     expected = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
     expected["slot_mapping"] = torch.where(slots < 20, slots, -1)
-    monkeypatch.setattr(fused_file, "checks_bounds", lambda: False)
+    monkeypatch.setattr(runtime, "checks_bounds", lambda: False)
     around = storage_bytes(arguments["key_pages"]).numel()
     result = pagedkv.rope_store_kv(**arguments, backend="triton")
     assert same_bits(result, pagedkv.rope_store_kv(**expected, backend="reference"))

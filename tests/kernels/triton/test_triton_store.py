@@ -7,7 +7,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 import pagedkv
-from pagedkv.kernels.triton import move_kernel, quantize_kernel, store_kv
+from pagedkv.kernels.triton import move_kernel, runtime, shared_slots, store_kv
 from pagedkv.kernels.triton.move_kernel import Form, tile_of, vector_bytes
 from pagedkv.kernels.triton.runtime import IS_INTERPRETED
 from pagedkv.testing.bits import same_bits
@@ -53,7 +53,7 @@ def arguments(
     return {**call, "slot_mapping": slots, "layout": layout}
 
 
-def shared_slots(num_tokens, num_slots):
+def repeated_slots(num_tokens, num_slots):
     return lambda: torch.randint(-2, num_slots, (num_tokens,))
 
 
@@ -71,26 +71,26 @@ def first_program(request, monkeypatch):
 
 @pytest.mark.parametrize("num_tokens, layout", [(100, "NHD"), (100, "HND"), (1024, "NHD"), (1025, "HND")])
 def test_the_last_of_the_tokens_of_a_slot_wins(num_tokens, layout, first_program):
-    assert_as_reference(lambda: arguments(shared_slots(num_tokens, 150)(), heads=2, dims=(40, 8), layout=layout))
+    assert_as_reference(lambda: arguments(repeated_slots(num_tokens, 150)(), heads=2, dims=(40, 8), layout=layout))
 
 
 @pytest.mark.parametrize("num_tokens", [150, 1100])
 def test_the_last_of_the_tokens_of_a_slot_is_quantised(num_tokens, first_program):
-    assert_as_reference(lambda: arguments(shared_slots(num_tokens, 150)(), heads=2, dims=(72, 24), to=I8))
+    assert_as_reference(lambda: arguments(repeated_slots(num_tokens, 150)(), heads=2, dims=(72, 24), to=I8))
 
 
 @pytest.mark.parametrize("to", [None, I8, E4M3])
 @pytest.mark.parametrize("num_claims", [1, 8, 256])
 def test_slots_that_share_a_claim_are_told_apart(num_claims, to, monkeypatch):
-    monkeypatch.setattr(store_kv, "_MOST_THAT_LOOK_AHEAD", 20)
-    monkeypatch.setattr(store_kv, "_MOST_CLAIMS", num_claims)
-    assert_as_reference(lambda: arguments(shared_slots(90, 80)(), to=to, dims=(40, 24)))
+    monkeypatch.setattr(shared_slots, "_MOST_THAT_LOOK_AHEAD", 20)
+    monkeypatch.setattr(shared_slots, "_MOST_CLAIMS", num_claims)
+    assert_as_reference(lambda: arguments(repeated_slots(90, 80)(), to=to, dims=(40, 24)))
 
 
 @pytest.mark.parametrize("to", [None, I8])
 def test_shared_slots_are_set_right_whichever_token_was_there_last(to, monkeypatch):
     """Programs run in any order: of the tokens of a slot, one left its number and others parts of their numbers."""
-    monkeypatch.setattr(store_kv, "_MOST_THAT_LOOK_AHEAD", 20)
+    monkeypatch.setattr(shared_slots, "_MOST_THAT_LOOK_AHEAD", 20)
     slots = torch.randint(-1, 40, (90,))
     call = arguments(slots, dims=(40, 24), to=to)
     expected, actual = placed(call, torch.device("cpu")), placed(call, torch.device(DEVICE))
@@ -112,7 +112,7 @@ def test_shared_slots_are_set_right_whichever_token_was_there_last(to, monkeypat
 
 
 def test_where_no_slot_is_shared_the_second_launch_writes_nothing(monkeypatch):
-    monkeypatch.setattr(store_kv, "_MOST_THAT_LOOK_AHEAD", 20)
+    monkeypatch.setattr(shared_slots, "_MOST_THAT_LOOK_AHEAD", 20)
     actual = placed(arguments(torch.randperm(192)[:90]), torch.device(DEVICE))
     sides = [store_kv._Side(actual[name], actual[f"{name}_pages"], None) for name in ("key", "value")]
     first, second = store_kv._launches(sides, actual["slot_mapping"], num_multiprocessors=4, has_e4m3=False)
@@ -127,7 +127,7 @@ def test_where_no_slot_is_shared_the_second_launch_writes_nothing(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [30, 1100])
 @pytest.mark.parametrize("to", [None, E4M3])
 def test_slots_out_of_range_that_are_not_refused_are_skipped(num_tokens, to, monkeypatch):
-    monkeypatch.setattr(store_kv, "checks_bounds", lambda: False)
+    monkeypatch.setattr(runtime, "checks_bounds", lambda: False)
     call = arguments(torch.randint(-2, 192, (num_tokens,)), dims=(16, 16), to=to)
     is_wild = torch.rand(num_tokens) < 0.3
     wild = torch.tensor([192, 193, 2**31 + 3, 2**32 + 5, 2**40, 2**62])[torch.randint(6, (num_tokens,))]
@@ -179,7 +179,7 @@ def test_strides_decide_over_the_width_of_vectors_and_those_of_single_entries_do
 
 @pytest.mark.parametrize("heads, dims", [(1, (576, 512)), (1, (512, 64)), (40, (128, 128)), (5, (0, 24)), (5, (24, 0))])
 def test_rows_of_more_and_of_fewer_vectors_than_a_tile(heads, dims):
-    assert_as_reference(lambda: arguments(shared_slots(37, 192)(), heads=heads, dims=dims, dtype=F16, layout="HND"))
+    assert_as_reference(lambda: arguments(repeated_slots(37, 192)(), heads=heads, dims=dims, dtype=F16, layout="HND"))
 
 
 @pytest.mark.parametrize("num_tokens, dims, most_programs", [(256, 128, 1024), (16384, 128, 8192), (64, 576, 2048)])
@@ -195,9 +195,9 @@ def test_tiles_keep_a_large_device_busy_and_few_lanes_idle(num_tokens, dims, mos
 
 @pytest.mark.parametrize("num_tokens, dtype", [(20, F32), (20, F16), (1100, BF16)])
 def test_float8_codes_by_the_instruction_are_those_made_of_bits(num_tokens, dtype, monkeypatch):
-    monkeypatch.setattr(quantize_kernel, "has_e4m3", lambda device: IS_INTERPRETED)
+    monkeypatch.setattr(runtime, "has_e4m3", lambda target: IS_INTERPRETED)
     assert_as_reference(
-        lambda: arguments(shared_slots(num_tokens, 192)(), heads=2, dims=(24, 36), dtype=dtype, to=E4M3)
+        lambda: arguments(repeated_slots(num_tokens, 192)(), heads=2, dims=(24, 36), dtype=dtype, to=E4M3)
     )
 
 

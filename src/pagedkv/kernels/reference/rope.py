@@ -6,14 +6,18 @@ import torch
 
 from ..rope import RotaryEmbedding
 
-__all__ = ["apply_rope", "rotate"]
+__all__ = ["apply_rope", "cos_sin", "rotate"]
 
 
 def apply_rope(x: torch.Tensor, positions: torch.Tensor, rope: RotaryEmbedding, out: torch.Tensor) -> None:
     """Fills out; everything is checked."""
-    # From the angle itself, not from a table: a position may be any int64.
+    out.copy_(rotate(x.float(), *cos_sin(positions, rope), rope.interleaved))
+
+
+def cos_sin(positions: torch.Tensor, rope: RotaryEmbedding) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, n] of the pairs of each token, from the angle itself, not from a table: any int64 may be one."""
     angles = positions.to(torch.float64)[:, None] * rope.inverse_frequencies().to(positions.device)
-    out.copy_(rotate(x.float(), angles.cos().float(), angles.sin().float(), rope.interleaved))
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..rope import RotaryEmbedding
-from .rope import apply_rope
+from .rope import cos_sin, rotate
 from .store_kv import store_kv
 
-__all__ = ["rope_store_kv"]
+__all__ = ["rope_store_kv", "rope_store_kv_by"]
 
 
-def rope_store_kv(
+def rope_store_kv(*call: Any) -> None:
+    """The arguments of `rope_store_kv_by` after its first."""
+    rope_store_kv_by(store_kv, *call)
+
+
+def rope_store_kv_by(
+    store: Callable[..., None],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -24,10 +33,9 @@ def rope_store_kv(
     value_scales: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """Pages in NHD order, scales [N, Hk, P]; fills out; everything but the slots is checked."""
-    rotated_query, rotated_key = torch.empty_like(out), torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    """Pages in NHD order, scales [N, Hk, P]; fills out; everything but the slots is checked, which `store` does."""
+    cos, sin = cos_sin(positions, rope)
     # Both before anything is written: query and key may lie in the pages, and a slot may be refused.
-    apply_rope(query, positions, rope, rotated_query)
-    apply_rope(key, positions, rope, rotated_key)
-    store_kv(rotated_key, value, key_pages, value_pages, slot_mapping, key_scales, value_scales)
+    rotated_query, rotated_key = (rotate(x.float(), cos, sin, rope.interleaved) for x in (query, key))
+    store(rotated_key.to(key.dtype), value, key_pages, value_pages, slot_mapping, key_scales, value_scales)
     out.copy_(rotated_query)

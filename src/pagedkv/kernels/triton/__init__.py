@@ -6,6 +6,7 @@ before that, the kernels run in Triton's interpreter, on CPU tensors, slowly: th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,10 +17,11 @@ import torch
 
 from ..backend import OpCall, register_backend
 
-__all__ = ["register"]
+__all__ = ["module_for", "register"]
 
 # As it was at the import: what the table says of this back end must not change while the process runs.
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE_TYPE = "cpu" if _IS_INTERPRETED else "cuda"
 
 _OPS = (
     "store_kv",
@@ -48,8 +50,18 @@ def register() -> None:
     )
 
 
+def module_for(device: torch.device, name: str) -> Any | None:
+    """The file `name` of this back end, which loads Triton, or None on a device that it does not serve."""
+    return importlib.import_module(f".{name}", __name__) if device.type == _DEVICE_TYPE and _is_installed() else None
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed (pip install triton)"
     if not _IS_INTERPRETED and not torch.cuda.is_available():
         return "there is no GPU here, and TRITON_INTERPRET is not 1"
@@ -57,7 +69,7 @@ def _unavailable() -> str | None:
 
 
 def _rejects(call: OpCall) -> str | None:
-    if call.device_type != ("cpu" if _IS_INTERPRETED else "cuda"):
+    if call.device_type != _DEVICE_TYPE:
         return f"tensors are on {call.device_type}"
     if "exp_table" in call.features:
         return "it has no exp_table"

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..attention_plan import AttentionPlan, DeviceWork
+from ..attention_plan import AttentionPlan, DeviceWork, PlanSettings
+from ..upload import uploaded_together
 from .runtime import num_multiprocessors
 
-__all__ = ["HostWork", "divide_attention", "tile_heights", "work_of"]
+__all__ = ["HostWork", "divide_attention", "divide_batch", "tile_heights", "uploaded_work", "work_of"]
 
 # A chunk is no shorter than this, and chunks are cut at multiples of it.
 _CHUNK = 256
@@ -39,6 +40,22 @@ class HostWork(NamedTuple):
 def tile_heights(head_dim: int) -> tuple[int, int, int]:
     """Rows of a tile, for few, some and many rows of one sequence: what registers and shared memory hold."""
     return (16, 64, 128) if head_dim <= 128 else (16, 64, 64)
+
+
+def divide_batch(
+    settings: PlanSettings, query_lens: npt.NDArray[Any], seq_lens: npt.NDArray[Any], device: torch.device
+) -> HostWork:
+    """As plans of these settings have a batch cut for a device."""
+    return divide_attention(
+        query_lens,
+        seq_lens,
+        group=settings.group,
+        num_kv_heads=settings.num_kv_heads,
+        head_dim=max(settings.head_dim, settings.value_dim),
+        causal=settings.causal,
+        window_left=settings.window_left,
+        num_multiprocessors=num_multiprocessors(device),
+    )
 
 
 def divide_attention(
@@ -107,6 +124,11 @@ def divide_attention(
     return HostWork((items[0], items[1], items[2]), np.concatenate(merges), num_partial_rows)
 
 
+def uploaded_work(work: HostWork, device: torch.device) -> DeviceWork:
+    """The work on its device, by one copy that is not waited for."""
+    return DeviceWork.of(uploaded_together([*work.items, work.merges], device), work.num_partial_rows)
+
+
 _made: weakref.WeakKeyDictionary[AttentionPlan, DeviceWork] = weakref.WeakKeyDictionary()
 
 
@@ -116,19 +138,10 @@ def work_of(plan: AttentionPlan) -> DeviceWork:
     if work is None:
         work = _made.get(plan)
     if work is None:
-        host = divide_attention(
-            np.diff(plan.query_indptr.cpu().numpy()),
-            plan.seq_lens.cpu().numpy(),
-            group=plan.group,
-            num_kv_heads=plan.num_kv_heads,
-            head_dim=max(plan.head_dim, plan.value_dim),
-            causal=plan.causal,
-            window_left=plan.window_left,
-            num_multiprocessors=num_multiprocessors(plan.query_indptr.device),
-        )
         device = plan.query_indptr.device
-        few, some, many, merges = (torch.from_numpy(part).to(device) for part in (*host.items, host.merges))
-        work = _made[plan] = DeviceWork(few, some, many, merges, host.num_partial_rows)
+        query_lens = np.diff(plan.query_indptr.cpu().numpy())
+        host = divide_batch(plan.settings, query_lens, plan.seq_lens.cpu().numpy(), device)
+        work = _made[plan] = uploaded_work(host, device)
     return work
 
 

@@ -15,7 +15,7 @@ from ..pages import mark_written
 from .attention_merge_kernel import merge_partials, new_partials
 from .attention_work import tile_heights, work_of
 from .mla_attention_kernel import attend_latents
-from .runtime import IS_INTERPRETED, on_device
+from .runtime import on_device, target_of
 from .variant import Variant
 
 __all__ = ["Tile", "compile_variants", "mla_attention"]
@@ -75,7 +75,7 @@ def mla_attention(
         *(options.sm_scale, plan.window_left, q_latent.shape[0], plan.num_q_heads),
         *(stride for rows in (q_latent, q_rope, latent_pages, rope_pages) for stride in _strides(rows)),
     )
-    target = _target(q_latent.device)
+    target = _tiles_of(target_of(q_latent.device))
     is_16_bit = q_latent.dtype == latent_pages.dtype == out.dtype != torch.float32
     with on_device(q_latent):
         for items, height in zip(work[:3], tile_heights(plan.head_dim), strict=True):
@@ -104,15 +104,14 @@ def _strides(rows: torch.Tensor | None) -> Sequence[int]:
     return (0, 0) if rows is None else rows.stride()[:2]
 
 
-@functools.cache
-def _target(device: torch.device) -> str:
-    if IS_INTERPRETED:
-        return "interpreted"
-    if torch.version.hip is not None:
+def _tiles_of(target: str) -> str:
+    """The target whose tiles fit this one."""
+    if target in _TILES:
+        return target
+    if target.startswith("hip"):
         return "hip:gfx942"
     # 12.0 and later 12 are GPUs without the tensor memory of 10, and with little shared memory.
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: "cuda:90", 10: "cuda:100"}.get(major, "cuda:80")
+    return "cuda:100" if target.startswith("cuda:10") else "cuda:80"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -22,6 +22,7 @@ __all__ = [
     "Form",
     "Launch",
     "Tile",
+    "apart_from",
     "byte_span",
     "lane_tensor",
     "lanes_a_vector",
@@ -115,6 +116,17 @@ def _num_bytes_spanned(shape: torch.Size, strides: tuple[int, ...], element_size
     return (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))) * element_size
 
 
+def apart_from(tokens: torch.Tensor, written: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tokens, or a copy where they may lie in what is written.
+
+    Programs run in any order: what one writes must not be what another has yet to read.
+    """
+    first, stop = byte_span(tokens)
+    if any(first < end and start < stop for start, end in map(byte_span, written)):
+        return tokens.clone(memory_format=torch.contiguous_format)
+    return tokens
+
+
 class Tile(NamedTuple):
     """What one program moves: `rows` rows, of each tensor `vectors` of its vectors."""
 
@@ -171,15 +183,3 @@ def move_rows(
     target = target_row[:, None] + lane_offsets(vector, lane, stride_target_head, ROW, WIDTH, LANES)[None, :]
     moved = tl.load(Source + source, mask=is_read[:, None] & exists, other=0)
     tl.store(Target + target, moved, mask=is_written[:, None] & exists)
-
-
-@triton.jit
-def last_with(Slots, slot, token, first, num_tokens, SCAN: tl.constexpr):
-    """[BLOCK_ROWS] the last token that has the same slot, from the token itself on."""
-    last = token
-    for start in range(first, num_tokens, SCAN):
-        later = start + tl.arange(0, SCAN)
-        other = tl.load(Slots + later, mask=later < num_tokens, other=-1)
-        same = other[None, :] == slot[:, None]
-        last = tl.maximum(last, tl.max(tl.where(same, later[None, :], -1).to(tl.int64), 1))
-    return last

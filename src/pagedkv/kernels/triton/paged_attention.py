@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import triton
 
 from ..attention_options import AttentionOptions
 from ..attention_plan import AttentionPlan
@@ -14,7 +11,7 @@ from .attention_merge_kernel import Partials, merge_partials, new_partials
 from .attention_work import work_of
 from .paged_attention_form import Call, Form, Launch, form_of
 from .paged_attention_kernel import attend_tile
-from .runtime import IS_INTERPRETED, on_device
+from .runtime import on_device, target_of
 
 __all__ = ["paged_attention"]
 
@@ -33,7 +30,7 @@ def paged_attention(
         return
     work = work_of(plan)
     partials = new_partials(work, plan.num_kv_heads, plan.value_dim)
-    target = _target(query.device)
+    target = target_of(query.device)
     call = Call.of(query.dtype, key_pages.dtype, out.dtype, plan, options)
     with on_device(query):
         for kind, items in enumerate(work[:3]):
@@ -112,13 +109,3 @@ def _token_strides(scales: torch.Tensor) -> tuple[int, int, int]:
     """Strides of scales [N, Hk, P] by page, token and head."""
     page, head, token = scales.stride()
     return page, token, head
-
-
-@functools.cache
-def _target(device: torch.device) -> str:
-    """What kernels are compiled for, such as "cuda:90"; an interpreted one is as for that."""
-    if IS_INTERPRETED:
-        return "cuda:90"
-    with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()
-    return f"{target.backend}:{target.arch}"

@@ -13,6 +13,7 @@ from ..attention_options import AttentionOptions
 from ..attention_plan import AttentionPlan
 from .attention_work import tile_heights
 from .paged_attention_kernel import attend_tile
+from .runtime import has_e4m3
 from .variant import Variant
 
 __all__ = ["Call", "Form", "Launch", "compile_variants", "form_of"]
@@ -142,7 +143,7 @@ def form_of(kind: int, target: str, call: Call) -> tuple[Form, Launch]:
         causal=call.causal,
         has_window=call.has_window,
         page_kind=_KINDS.get(call.page_dtype, "number"),
-        has_e4m3=target.startswith("cuda") and int(target.removeprefix("cuda:")) >= 89,
+        has_e4m3=has_e4m3(target),
         query_as=query_as,
         value_dtype=value_dtype,
         num_parts=num_parts,
@@ -191,7 +192,8 @@ def _tile(
         block_d, rest_d = min(max(triton.next_power_of_2(call.head_dim), 16), most), 0
     else:
         block_d, rest_d = _split(call.head_dim)
-    has_much_memory = target in ("cuda:90", "cuda:100", "cuda:103")  # 227 KiB a block, and registers to match
+    # 227 KiB of shared memory a block, and registers to match; interpreted kernels are cut as for the first of them.
+    has_much_memory = target in ("cuda:90", "cuda:100", "cuda:103", "interpreted")
     # Conversions of codes and parts of weights take registers.
     is_tight = call.page_dtype.itemsize == 1 or num_parts > 1
     edge_n = 16

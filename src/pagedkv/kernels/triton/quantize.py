@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import quantize_kernel
+from . import runtime
 from .move_kernel import Form, Launch, vector_bytes
 from .quantize_kernel import codes_of, quantize_rows, rows_a_program
 from .variant import Variant
@@ -17,7 +17,7 @@ __all__ = ["compile_variants", "quantize_kv"]
 def quantize_kv(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Fills values and scales, both contiguous; everything is checked."""
     if scales.numel():
-        _launch(x, values, scales, quantize_kernel.has_e4m3(x.device)).run(x)
+        _launch(x, values, scales, runtime.has_e4m3(runtime.target_of(x.device))).run(x)
 
 
 def _launch(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, has_e4m3: bool) -> Launch:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from .runtime import IS_INTERPRETED
 
-__all__ = ["codes_of", "has_e4m3", "rows_a_program"]
+__all__ = ["codes_of", "rows_a_program"]
 
 _SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LARGEST_FINITE = tl.constexpr(torch.finfo(torch.float32).max)
@@ -22,14 +20,6 @@ _SMALLEST_NORMAL_E4M3 = tl.constexpr(2.0**-6)
 
 # Elements of a tile: 16 a thread of four warps. Interpreted, a program costs by its steps, not by its size.
 _TILE = 8192 if IS_INTERPRETED else 2048
-
-
-@functools.cache
-def has_e4m3(device: torch.device) -> bool:
-    """Whether the hardware rounds float32 to float8_e4m3fn: NVIDIA from 8.9 on."""
-    if IS_INTERPRETED or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def codes_of(dtype: torch.dtype, has_e4m3: bool) -> str:

@@ -10,19 +10,15 @@ import triton.language as tl
 
 from ..pages import check_slots, mark_written
 from ..rope import RotaryEmbedding
-from .move_kernel import byte_span
-from .quantize_kernel import codes_of, has_e4m3
+from . import runtime, shared_slots
+from .move_kernel import apart_from
+from .quantize_kernel import codes_of
 from .rope import RopeTile, heads_of_program, rope_tile, turns_of_pairs
 from .rope_store_kv_kernel import CLAIMS, LOOKS_AHEAD, SETS_RIGHT, STRIDES, rope_store_tokens
-from .runtime import checks_bounds, on_device
 from .variant import Variant
 
 __all__ = ["compile_variants", "rope_store_kv"]
 
-# Of more tokens, each looking at all after it would take longer than a second launch.
-_MOST_THAT_LOOK_AHEAD = 1024
-# A claim for each slot, up to 16 MiB; beyond, slots share them.
-_MOST_CLAIMS = 2**22
 # Pairs of tokens that a program compares in one step.
 _COMPARED = 4096
 _HOW = {LOOKS_AHEAD.value: "looks-ahead", CLAIMS.value: "claims", SETS_RIGHT.value: "sets-right"}
@@ -46,7 +42,7 @@ def rope_store_kv(
     A slot beyond the pool is skipped where it is not refused.
     """
     num_slots = key_pages.shape[0] * key_pages.shape[1]
-    if checks_bounds():
+    if runtime.checks_bounds():
         check_slots("slot_mapping", slot_mapping, num_slots)
     (num_tokens, num_q_heads, head_dim), num_kv_heads = query.shape, key.shape[1]
     if not num_tokens or not (num_q_heads or num_kv_heads):
@@ -54,13 +50,12 @@ def rope_store_kv(
     written = [key_pages, value_pages]
     if key_scales is not None and value_scales is not None:
         written += [key_scales, value_scales]
-    # Programs run in any order: what they write must not be what others have yet to read.
-    query, key, value = (_apart(tokens, written) for tokens in (query, key, value))
+    query, key, value = (apart_from(tokens, written) for tokens in (query, key, value))
     tile = _tile(rope, head_dim, num_tokens, key_scales is not None)
-    constexprs = _constexprs(tile, value.shape[2], key_pages, key_scales is not None, has_e4m3(key_pages.device))
-    looks_ahead = num_tokens <= _MOST_THAT_LOOK_AHEAD
-    # Of slots that share a claim, tokens store what is there already.
-    num_claims = 1 if looks_ahead else min(triton.next_power_of_2(num_slots), _MOST_CLAIMS)
+    has_e4m3 = runtime.has_e4m3(runtime.target_of(key_pages.device))
+    constexprs = _constexprs(tile, value.shape[2], key_pages, key_scales is not None, has_e4m3)
+    looks_ahead = shared_slots.looks_ahead(num_tokens)
+    num_claims = 1 if looks_ahead else shared_slots.num_claims(num_slots)
     claims = torch.empty(num_claims, dtype=torch.int32, device=key_pages.device)
     pages = (_codes(key_pages), _codes(value_pages)) if key_scales is not None else (key_pages, value_pages)
     slots, turns = slot_mapping.contiguous(), turns_of_pairs(rope, key_pages.device)
@@ -81,7 +76,7 @@ def rope_store_kv(
             num_warps=tile.num_warps,
         )
 
-    with on_device(key_pages):
+    with runtime.on_device(key_pages):
         if looks_ahead:
             launch(LOOKS_AHEAD.value, num_q_heads)
         else:
@@ -89,15 +84,6 @@ def rope_store_kv(
             if num_kv_heads:
                 launch(SETS_RIGHT.value, 0)
     mark_written(*written)
-
-
-def _apart(tokens: torch.Tensor, written: list[torch.Tensor]) -> torch.Tensor:
-    """The tokens, or a copy where they may lie in the pages."""
-    first, stop = byte_span(tokens)
-    for start, end in map(byte_span, written):
-        if first < end and start < stop:
-            return tokens.clone(memory_format=torch.contiguous_format)
-    return tokens
 
 
 def _codes(pages: torch.Tensor) -> torch.Tensor:

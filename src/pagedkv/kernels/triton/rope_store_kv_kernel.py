@@ -1,7 +1,6 @@
 """The kernel of rope_store_kv: a program takes tokens, and of each some of its queries, keys and values.
 
-Tokens that share a slot: as in store_kv_kernel.py, few tokens look through those after them; of many, each leaves its
-number at the claim of its slot, and a second launch, of keys and values alone, sets right what several have written.
+Tokens that share a slot: see shared_slots.py. A second launch is of keys and values alone.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .move_kernel import last_with
 from .quantize_kernel import quantize_tile
 from .rope import cos_sin, rotate_rows, rotated_pairs, store_pairs
+from .shared_slots import last_with
 
 __all__ = ["CLAIMS", "LOOKS_AHEAD", "SETS_RIGHT", "STRIDES", "rope_store_tokens"]
 

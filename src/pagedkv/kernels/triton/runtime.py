@@ -7,12 +7,13 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import interpreter
 
-__all__ = ["IS_INTERPRETED", "checks_bounds", "num_multiprocessors", "on_device"]
+__all__ = ["IS_INTERPRETED", "checks_bounds", "has_e4m3", "num_multiprocessors", "on_device", "target_of"]
 
 # What `import triton` found, which the environment may have changed since.
 IS_INTERPRETED = isinstance(tl.max, InterpretedFunction)
@@ -35,6 +36,22 @@ def checks_bounds() -> bool:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: makes it that of `tensor`."""
     return nullcontext() if IS_INTERPRETED else torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """What kernels are compiled for, such as "cuda:90" or "hip:gfx942"; "interpreted" where they are not compiled."""
+    if IS_INTERPRETED:
+        return "interpreted"
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return f"{target.backend}:{target.arch}"
+
+
+def has_e4m3(target: str) -> bool:
+    """Whether the hardware converts float8_e4m3fn: NVIDIA from 8.9 on."""
+    backend, _, architecture = target.partition(":")
+    return backend == "cuda" and int(architecture) >= 89
 
 
 @functools.cache

@@ -9,21 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ..pages import check_slots, mark_written
-from . import quantize_kernel
-from .move_kernel import Form, Launch, Tile, byte_span, lane_tensor, lanes_a_vector, tile_of, vector_bytes
+from . import runtime, shared_slots
+from .move_kernel import Form, Launch, Tile, apart_from, lane_tensor, lanes_a_vector, tile_of, vector_bytes
 from .quantize_kernel import codes_of, rows_a_program
-from .runtime import IS_INTERPRETED, checks_bounds, num_multiprocessors
 from .store_kv_kernel import STRIDES, store_tokens
 from .variant import Variant
 
 __all__ = ["compile_variants", "store_kv"]
 
-# Of more tokens, each looking at all after it would take longer than a second launch.
-_MOST_THAT_LOOK_AHEAD = 1024
-# A claim for each slot, up to 16 MiB; beyond, slots share them.
-_MOST_CLAIMS = 2**22
 # The tile that sets shared slots right, and mostly only looks for them: many tokens, little of each at once.
-_ROWS_SET_RIGHT, _VECTORS_SET_RIGHT = (1024 if IS_INTERPRETED else 128), 16
+_ROWS_SET_RIGHT, _VECTORS_SET_RIGHT = (1024 if runtime.IS_INTERPRETED else 128), 16
 # Pairs of tokens that a program compares in one step.
 _COMPARED = 2048
 
@@ -41,28 +36,20 @@ def store_kv(
 
     A slot beyond the pool that is not refused is skipped.
     """
-    if checks_bounds():
+    if runtime.checks_bounds():
         check_slots("slot_mapping", slot_mapping, key_pages.shape[0] * key_pages.shape[1])
     written = [tensor for tensor in (key_pages, value_pages, key_scales, value_scales) if tensor is not None]
-    # Programs run in any order: what one writes must not be what another has yet to read.
-    key, value = (_copy_if_among(tokens, written) for tokens in (key, value))
+    key, value = (apart_from(tokens, written) for tokens in (key, value))
     sides = _Side(key, key_pages, key_scales), _Side(value, value_pages, value_scales)
     device = key_pages.device
     for launch in _launches(
         sides,
         slot_mapping.contiguous(),
-        num_multiprocessors=num_multiprocessors(device),
-        has_e4m3=quantize_kernel.has_e4m3(device),
+        num_multiprocessors=runtime.num_multiprocessors(device),
+        has_e4m3=runtime.has_e4m3(runtime.target_of(device)),
     ):
         launch.run(key_pages)
     mark_written(*written)
-
-
-def _copy_if_among(tokens: torch.Tensor, written: Sequence[torch.Tensor]) -> torch.Tensor:
-    first, stop = byte_span(tokens)
-    if any(first < end and start < stop for start, end in map(byte_span, written)):
-        return tokens.clone(memory_format=torch.contiguous_format)
-    return tokens
 
 
 class _Side(NamedTuple):
@@ -187,9 +174,9 @@ def _plan(
 ) -> _Plan:
     """With the tile of the first and of the second launch, and in how many chunks each cuts keys and values."""
     num_pages, page_size = sides[0].pages.shape[:2]
-    num_claims = min(1 << (num_pages * page_size - 1).bit_length(), _MOST_CLAIMS)
+    num_claims = shared_slots.num_claims(num_pages * page_size)
     numbers |= {"num_tokens": num_tokens, "num_slots": num_pages * page_size, "claims_mask": num_claims - 1}
-    ways = ("look ahead",) if num_tokens <= _MOST_THAT_LOOK_AHEAD else ("claim", "set right")
+    ways = ("look ahead",) if shared_slots.looks_ahead(num_tokens) else ("claim", "set right")
     steps = []
     for way, tile, chunks in zip(ways, tiles, num_chunks, strict=False):
         of_step: dict[str, Any] = {"SHARED_SLOTS": way, "PAGE_SIZE": page_size, "BLOCK_ROWS": tile.rows}

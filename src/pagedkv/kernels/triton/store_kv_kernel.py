@@ -1,10 +1,6 @@
 """The kernel of store_kv: a program moves, or quantises, a part of some tokens into their slots.
 
-Of tokens with one slot the last wins. Few tokens look through all that come after them, in one launch. Many take two:
-the first stores every token, and each leaves its number in the claim of its slot, where one of several stays; in the
-second, whoever does not find its own number there finds the last token of its slot and stores that one once more. So
-claims need no clearing, and where no slot is shared, as in most calls, the second launch only reads slots and claims.
-Tokens of different slots that share a claim store what is there already.
+Tokens that share a slot: see shared_slots.py.
 """
 
 from __future__ import annotations
@@ -12,8 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .move_kernel import last_with, move_rows
+from .move_kernel import move_rows
 from .quantize_kernel import quantize_rows
+from .shared_slots import last_with
 
 __all__ = ["STRIDES", "store_tokens"]
 
