@@ -50,6 +50,12 @@ def largest(Source, Out, N: tl.constexpr):
     tl.store(Out + tl.arange(0, N), tl.max(rows, 1))
 
 
+@triton.jit
+def limit(Source, Out, N: tl.constexpr):
+    x = tl.load(Source + tl.arange(0, N))
+    tl.store(Out + tl.arange(0, N), tl.minimum(tl.maximum(x, 0.0), 5.0))
+
+
 def dot_of_bfloat16():
     a, b = torch.randint(-9, 9, (2, 16, 16)).bfloat16()
     out = torch.zeros(16, 16)
@@ -91,6 +97,12 @@ def maximum_beside_nan():
     return out, torch.tensor([3.0, nan])
 
 
+def larger_of_nan_and_a_number():
+    out = torch.zeros(4)
+    limit[(1,)](torch.tensor([torch.nan, -1.0, 3.0, 7.0]), out, 4)
+    return out, torch.tensor([0.0, 0.0, 3.0, 5.0])
+
+
 PROBES = {
     "dot of bfloat16": dot_of_bfloat16,
     # Two that a cut would leave at 1, two halfway between neighbours.
@@ -104,6 +116,7 @@ PROBES = {
     "loop to a loaded number": loop,
     "infinity less infinity": infinity_less_infinity,
     "maximum beside NaN": maximum_beside_nan,
+    "larger of NaN and a number": larger_of_nan_and_a_number,
 }
 
 

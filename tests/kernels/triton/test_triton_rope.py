@@ -121,6 +121,9 @@ def test_programs_lie_on_the_one_axis_of_a_grid_that_holds_more_than_65535(monke
 def test_what_pairs_turn_is_copied_to_the_device_once():
     device = torch.device("cpu")
     first = rope_file.turns_of_pairs(ROPES["half"], device)
+    # Nor does it go when other embeddings come: a captured graph reads it by its address.
+    for theta in range(2, 22):
+        rope_file.turns_of_pairs(RotaryEmbedding(2, theta=theta), device)
     assert rope_file.turns_of_pairs(RotaryEmbedding(64), device) is first
     assert first.dtype == torch.int64
 

@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
 import pagedkv
@@ -122,6 +124,65 @@ def test_where_no_slot_is_shared_the_second_launch_writes_nothing(monkeypatch):
     after = [side.pages.clone() for side in sides]
     second.run(sides[0].pages)
     assert all(same_bits(side.pages, pages) for side, pages in zip(sides, after, strict=True))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def look_for(Slots, Last, Is_last, num_tokens, ROWS: tl.constexpr, SCAN: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    token = first + tl.arange(0, ROWS)
+    exists = token < num_tokens
+    slot = tl.load(Slots + token, mask=exists, other=-1)
+    last = shared_slots.last_with(Slots, slot, token, slot > 0, num_tokens, SCAN)
+    is_last = shared_slots.is_last(Slots, slot, first, num_tokens, SCAN)
+    tl.store(Last + token, last, mask=exists)
+    tl.store(Is_last + token, is_last.to(tl.int64), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "sought"])
+def find_last(Slots, Last, num_tokens, sought, ROWS: tl.constexpr, SCAN: tl.constexpr):
+    token = tl.arange(0, ROWS).to(tl.int64)
+    slot = tl.load(Slots + token)
+    tl.store(Last + token, shared_slots.last_with(Slots, slot, token, slot == sought, num_tokens, SCAN))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 130])
+@pytest.mark.parametrize("num_slots", [1, 2, 40, 2**33])
+def test_the_last_token_of_a_slot_is_found_and_none_beyond_the_call(num_tokens, num_slots):
+    """Slots up to 0 are not looked for: of those tokens nothing is read, wherever a search would have ended."""
+    slots = torch.randint(-2, num_slots, (num_tokens,), device=DEVICE)
+    # Of the large ones, some that agree in their lower halves.
+    slots[: num_tokens // 2] = slots[num_tokens // 2 : num_tokens // 2 * 2] % 2**32
+    found, is_last = torch.full((2, num_tokens), -7, device=DEVICE)
+    look_for[(-(-num_tokens // 8),)](slots, found, is_last, num_tokens, 8, 16)
+    last = {slot: token for token, slot in enumerate(slots.tolist())}
+    for token, slot in enumerate(slots.tolist()):
+        assert found[token] == (last[slot] if slot > 0 else token)
+        if slot >= 0:
+            assert is_last[token] == (last[slot] == token)
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="only the interpreter can be watched")
+@pytest.mark.parametrize(
+    "sought, last, num_steps",
+    [(0, [0, 1, 2, 3, 4, 5, 6, 7], 0), (1, [1023, 1, 2, 1023, 4, 5, 1023, 7], 1), (3, [0, 2, 2, 3, 4, 5, 6, 7], 64)],
+    ids=["no-token", "padding", "the-second-and-third"],
+)
+def test_the_last_token_is_looked_for_from_the_end(sought, last, num_steps, monkeypatch):
+    slots = torch.arange(2, 1026)
+    slots[::3] = slots[1020:] = 1
+    slots[7], slots[2] = 9, slots[1]
+    steps, load = [], InterpreterBuilder.create_masked_load
+
+    def counted_load(self, pointers, *rest):
+        if pointers.data.shape == (16,):
+            steps.append(pointers)
+        return load(self, pointers, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    found = torch.full((8,), -7)
+    find_last[(1,)](slots, found, 1024, sought, 8, 16)
+    assert found.tolist() == last
+    assert len(steps) == num_steps
 
 
 @pytest.mark.parametrize("num_tokens", [30, 1100])

@@ -1,9 +1,9 @@
 """Corrections to the interpreter of Triton 3.6, so that it computes what a GPU does.
 
 Without them a dot product of bfloat16 multiplies the bits as integers, float32 is cut to bfloat16 and float8 where it
-should be rounded, float8 NaNs are read as numbers, and a loop up to a loaded number fails on numpy 2.4. tests/kernels/
-triton/test_interpreter.py shows each of these. What stays wrong, and is not used: casts between integers and bfloat16
-or float8 that do not go through float32, and argmax of NaN.
+should be rounded, float8 NaNs are read as numbers, the larger of NaN and a number is NaN, and a loop up to a loaded
+number fails on numpy 2.4. tests/kernels/triton/test_interpreter.py shows each of these. What stays wrong, and is not
+used: casts between integers and bfloat16 or float8 that do not go through float32, and argmax of NaN.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def install() -> None:
     interpreter._convert_float = _convert_float
     interpreter._patch_lang_tensor = _patch_tensor
     interpreter.InterpreterBuilder.create_dot = _dot
+    # As instructions do, these pass over NaN; those that do not are create_maximumf and create_minimumf.
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.GridExecutor.__call__ = _launch
     interpreter.ReduceOps.apply_impl = _reduce

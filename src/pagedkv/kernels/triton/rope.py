@@ -180,7 +180,8 @@ def turns_of_pairs(rope: RotaryEmbedding, device: torch.device) -> torch.Tensor:
     return _turns(rope, device)[0]
 
 
-@kept_tensors(maxsize=8)
+# Few and small, and they stay, because a captured graph reads those that it was captured with.
+@kept_tensors(maxsize=1024)
 def _turns(rope: RotaryEmbedding, device: torch.device) -> tuple[torch.Tensor]:
     turns = [round(Fraction(frequency) / (2 * _PI) * 2**64) for frequency in rope.inverse_frequencies().tolist()]
     return (torch.tensor([(turn + 2**63) % 2**64 - 2**63 for turn in turns], device=device),)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .quantize_kernel import quantize_tile
 from .rope import cos_sin, rotate_rows, rotated_pairs, store_pairs
-from .shared_slots import last_with
+from .shared_slots import is_last, last_with
 
 __all__ = ["CLAIMS", "LOOKS_AHEAD", "SETS_RIGHT", "STRIDES", "rope_store_tokens"]
 
@@ -89,7 +89,7 @@ def rope_store_tokens(
     is_stored = (slot >= 0) & (slot < num_slots)
     if SHARED_SLOTS == LOOKS_AHEAD:
         if stop > num_q_heads:
-            is_stored = is_stored & (last_with(Slots, slot, token, first, num_tokens, SCAN) == token)
+            is_stored = is_stored & is_last(Slots, slot, first, num_tokens, SCAN)
     elif SHARED_SLOTS == CLAIMS:
         tl.store(Claims + (slot & claims_mask), token.to(tl.int32), mask=is_stored & (start == 0))
     else:
@@ -98,7 +98,7 @@ def rope_store_tokens(
         if tl.max(is_stored.to(tl.int32), 0) == 0:
             stop = start
         else:
-            token = last_with(Slots, slot, token, first, num_tokens, SCAN)
+            token = last_with(Slots, slot, token, is_stored, num_tokens, SCAN)
     position = tl.load(Positions + token, mask=exists, other=0)
     cos, sin = cos_sin(position, Turns, HALF, BLOCK_HALF)
     exists, stored = exists[:, None], is_stored[:, None]

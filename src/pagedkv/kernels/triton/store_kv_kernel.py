@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .move_kernel import move_rows
 from .quantize_kernel import quantize_rows
-from .shared_slots import last_with
+from .shared_slots import is_last, last_with
 
 __all__ = ["STRIDES", "store_tokens"]
 
@@ -132,13 +132,13 @@ def store_tokens(
     first_chunk = program - block if SHARED_SLOTS == "set right" else program % num_chunks
     first = block * BLOCK_ROWS
     token = first + tl.arange(0, BLOCK_ROWS)
-    # Tokens are read before it is known whether they are stored.
+    # Tokens are read whether they are stored or not.
     is_read = token < num_tokens
     slot = tl.load(Slots + token, mask=is_read, other=-1)
     is_stored = (slot >= 0) & (slot < num_slots)
     num_steps = 1
     if SHARED_SLOTS == "look ahead":
-        is_stored = is_stored & (last_with(Slots, slot, token, first, num_tokens, SCAN) == token)
+        is_stored = is_stored & is_last(Slots, slot, first, num_tokens, SCAN)
     elif SHARED_SLOTS == "claim":
         tl.store(Claims + (slot & claims_mask), token.to(tl.int32), mask=is_stored & (first_chunk == 0))
     else:
@@ -146,8 +146,7 @@ def store_tokens(
         is_stored = is_stored & (claimed_by != token)
         is_read = is_stored
         num_steps = num_chunks * tl.max(is_stored.to(tl.int32), 0)
-        if num_steps > 0:
-            token = last_with(Slots, slot, token, first, num_tokens, SCAN)
+        token = last_with(Slots, slot, token, is_stored, num_tokens, SCAN)
     for step in range(num_steps):
         chunk = first_chunk + step
         if chunk < KEY_CHUNKS:
