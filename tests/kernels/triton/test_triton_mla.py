@@ -1,7 +1,12 @@
 """mla_attention on the Triton back end: what the conformance cases do not reach, as the tiles of each target."""
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +25,8 @@ DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Interpreted, the tiles of any GPU can run; on a GPU its own.
 TARGETS = [*mla_attention._TILES] if IS_INTERPRETED else [mla_attention._tiles_of(target_of(DEVICE))]
-ANY_TARGET = TARGETS[1 if IS_INTERPRETED else 0]
+# One that loads latents row by row, and one that does column by column.
+BOTH_ORDERS = ["cuda:90", "hip:gfx942"] if IS_INTERPRETED else TARGETS
 
 
 def run(batch, **changes):
@@ -39,6 +45,13 @@ def take_tiles_of(target, monkeypatch):
 # New and all tokens of each sequence, and the settings of `mla_batch`.
 BATCHES = {
     "H64-one-page-for-all-keys": ([1, 2], [70, 20], {"num_heads": 64, "dtype": BF16, "page_size": 64}),
+    "H64-window-of-whole-blocks": (
+        [1, 2],
+        [300, 193],
+        {"num_heads": 64, "dtype": BF16, "page_size": 64, "window_left": 70},
+    ),
+    "H64-whole-blocks-not-causal": ([2], [192], {"num_heads": 64, "dtype": F16, "page_size": 16, "causal": False}),
+    "H64-R0": ([1], [130], {"num_heads": 64, "dtype": BF16, "page_size": 64, "rope_dim": 0}),
     "H64-window-P3": ([1, 2], [70, 20], {"num_heads": 64, "dtype": F16, "page_size": 3, "window_left": 9}),
     "H32-joined": ([3], [40], {"num_heads": 32, "dtype": BF16, "form": "joined"}),
     "H16-R0": ([1, 5], [70, 20], {"num_heads": 16, "dtype": BF16, "rope_dim": 0}),
@@ -95,6 +108,75 @@ def test_what_is_not_finite_shows_in_the_rows_that_see_it_alone(part, mark, dtyp
     assert not state.out[sees & ~expected.out.isfinite().all(-1).all(-1)].isfinite().all()
     if math.isnan(mark) or part == "latent_pages":
         assert not state.out[sees].isfinite().all(-1).any()
+
+
+def assert_as_reference(batch):
+    """Both NaN at the same places, and elsewhere within some roundings."""
+    state, expected = run(batch), batch.run(backend="reference")
+    for part, of_reference in zip(state, expected, strict=True):
+        torch.testing.assert_close(part.isnan(), of_reference.isnan())
+        torch.testing.assert_close(part, of_reference, equal_nan=True, rtol=0.02, atol=0.02)
+    return state
+
+
+# Heads, dtype and width by which the kernel goes its ways: rows of one token, rows of several, float32, and float32
+# with two programs of columns.
+WAYS = {"one-token": (16, BF16, 64), "some-tokens": (3, F16, 64), "f32": (3, F32, 64), "f32-parts": (3, F32, 200)}
+
+
+@pytest.mark.parametrize("target", BOTH_ORDERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_infinite_latent_that_pushes_its_logit_down_shows_in_its_column_alone(way, target, monkeypatch):
+    """Its weight is 0: what is left of it is 0 * inf."""
+    take_tiles_of(target, monkeypatch)
+    num_heads, dtype, width = WAYS[way]
+    batch = mla_batch([4, 1], [40, 9], num_heads=num_heads, dtype=dtype, latent_dim=width, page_size=1)
+    batch.q_latent.abs_().add_(0.1)
+    batch.latent_pages[int(batch.table.indices[37]), 0, width - 2] = -math.inf
+    state = assert_as_reference(batch)
+    # Rows stand at 36 .. 39 of the first sequence: those from 37 on see it.
+    wrong = torch.zeros(5, num_heads, width, dtype=torch.bool)
+    wrong[1:4, :, width - 2] = True
+    assert torch.equal(state.out.isnan(), wrong)
+    assert state.lse.isfinite().all()
+
+
+@pytest.mark.parametrize("target", BOTH_ORDERS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mark", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"window_left": 9}, {"causal": False}, {"masked": True}], ids=str)
+def test_what_is_not_finite_gets_as_far_as_in_the_reference(options, mark, way, target, monkeypatch):
+    take_tiles_of(target, monkeypatch)
+    num_heads, dtype, width = WAYS[way]
+    mask = torch.rand(5 * 40 + 2 * 9) < 0.5 if options.get("masked") else None
+    options = {name: value for name, value in options.items() if name != "masked"}
+    batch = mla_batch(
+        [5, 2],
+        [40, 9],
+        num_heads=num_heads,
+        dtype=dtype,
+        latent_dim=width,
+        page_size=1,
+        custom_mask=mask,
+        **options,
+    )
+    of_first = batch.table.indices[:40].long()
+    batch.latent_pages[of_first[37], 0, 3] = mark
+    batch.latent_pages[of_first[30], 0, width - 1] = -mark
+    batch.rope_pages[of_first[39], 0, 1] = mark
+    batch.q_latent[6, 1, 5] = mark
+    batch.q_rope[0, 2, 0] = mark
+    assert_as_reference(batch)
+
+
+def test_queries_that_are_not_finite_leave_finite_latents_alone():
+    """All rows of a tile have infinite logits, but no latent is at fault: weights of 0 and latents give 0."""
+    batch = mla_batch([1], [20], num_heads=16, rope_dim=0)
+    batch.q_latent.zero_()[..., 0] = -math.inf
+    batch.latent_pages[..., 0] = batch.latent_pages[..., 0].abs().add_(1)
+    state = assert_as_reference(batch)
+    assert not state.out.any()
+    assert torch.equal(state.lse, torch.full((1, 16), -math.inf))
 
 
 def test_an_infinite_rope_key_that_pushes_its_logit_down_is_not_seen():
@@ -179,6 +261,58 @@ def test_the_tiles_of_an_item_cover_its_rows(height, num_heads, target, has_mask
     assert constants["BLOCK_ROWS"] * constants["TILES_PER_ITEM"] == height
     assert num_programs == constants["TILES_PER_ITEM"]
     assert constants["ONE_TOKEN"] == (num_heads % constants["BLOCK_ROWS"] == 0)
+    assert not constants["EDGES_APART"] or (constants["ONE_TOKEN"] and not has_mask)
     # A chunk of keys starts at a multiple of 256.
     assert 256 % constants["BLOCK_KEYS"] == 256 % constants["CARE_KEYS"] == 0
     assert set(launch) == {"num_warps", "num_stages"}
+
+
+def test_every_case_is_compiled_for_every_target():
+    """Variants of the same name would replace each other."""
+    variants = mla_attention.compile_variants()
+    targets = mla_attention._TILES.keys() - {"interpreted"}
+    num_cases = {target: sum(target not in variant.left_out for variant in variants) for target in targets}
+    assert set(num_cases.values()) == {12}, num_cases
+
+
+READ_COMPILED = """
+import json, re
+from pagedkv.kernels.triton import mla_attention
+from pagedkv.testing.triton_compile_worker import _compile
+
+found = []
+for target in ("cuda:80", "cuda:90"):
+    for variant in mla_attention.compile_variants():
+        if variant.constexprs["KEYS_FIRST"] and target not in variant.left_out:
+            text = _compile(variant, target).asm["ptx"]
+            products = re.findall(r"wgmma[.]mma_async.*m64n([0-9]+)k16", text)
+            num_copies = len(re.findall(r"cp[.]async[.]cg[.]shared[.]global", text))
+            rows, keys = variant.constexprs["BLOCK_ROWS"], variant.constexprs["BLOCK_KEYS"]
+            found.append([target, rows, keys, products, num_copies])
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Target, rows, keys, widths of the products on the tensor cores of sm_90, and copies to shared memory."""
+    cache = str(Path(__file__).resolve().parents[3] / "build" / "triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": cache, "TRITON_HOME": cache, "PAGEDKV_NATIVE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ_COMPILED], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_the_tensor_cores_of_sm_90_compute_no_logit_twice(compiled):
+    """512 + 64 columns, 16 at a time: 36 products of half of the keys for each group of 4 warps, and no more."""
+    of = [(keys, products) for target, rows, keys, products, _ in compiled if (target, rows) == ("cuda:90", 64)]
+    assert sorted(keys for keys, _ in of) == [32, 64, 64]
+    for keys, products in of:
+        assert {width: products.count(width) for width in products} == {str(keys // 2): 36, "256": keys // 16}
+
+
+def test_latents_are_copied_to_shared_memory_beside_the_products(compiled):
+    """Each thread copies at least 8 times 16 bytes of a block; where Triton loads latents itself, ropes only."""
+    assert all(num_copies >= 8 for *_, num_copies in compiled), compiled

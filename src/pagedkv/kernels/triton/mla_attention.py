@@ -22,24 +22,39 @@ __all__ = ["Tile", "compile_variants", "mla_attention"]
 
 
 class Tile(NamedTuple):
-    """Rows and keys of one step of a program; with `whole_pages` only for pages of a multiple of `keys` tokens."""
+    """Rows and keys of one step of a program.
+
+    whole_pages: only for pages of a multiple of `keys` tokens. edges_apart: EDGES_APART of the kernel, where it can be.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int = 2
     whole_pages: bool = False
+    edges_apart: bool = False
 
 
 # By target, for 16 bits. First for rows that are heads of one token: the first tile whose rows divide the heads. Then
 # for any rows. 512 + 64 columns: the result of a tile of 64 rows takes half of the registers of 8 warps. Two blocks of
-# 64 keys and the queries just fit into the shared memory of sm_90; the page ids of 64 keys are too many registers.
-# Where registers (sm_80) or the 64 KiB of shared memory (gfx942) are too few for 64 rows, several programs share an
-# item.
+# 64 keys, the queries and the weights just fit into the shared memory of sm_90; the page ids of 64 keys are too many
+# registers. Where registers (sm_80) or the 64 KiB of shared memory (gfx942) are too few for 64 rows, several programs
+# share an item. Triton halves the stages where page ids are copied ahead, too: with 5 one block of latents more is on
+# its way, for which GPUs that take the tiles of sm_80 have too little shared memory; whole pages on sm_90 rather leave
+# the registers for a second program.
 _TILES: dict[str, tuple[tuple[Tile, ...], Tile]] = {
     "cuda:80": ((Tile(32, 32, 8), Tile(16, 32, 8)), Tile(16, 32, 8)),
-    "cuda:90": ((Tile(64, 64, 8, 2, True), Tile(64, 32, 8, 3), Tile(32, 32, 8), Tile(16, 32, 8)), Tile(16, 32, 8)),
-    "cuda:100": ((Tile(64, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)), Tile(16, 32, 8)),
+    "cuda:90": (
+        (
+            Tile(64, 64, 8, 2, whole_pages=True, edges_apart=True),
+            Tile(64, 32, 8, 5, edges_apart=True),
+            Tile(32, 32, 8, 2, whole_pages=True),
+            Tile(32, 32, 8, 5),
+            Tile(16, 32, 8, 5),
+        ),
+        Tile(16, 32, 8, 5),
+    ),
+    "cuda:100": ((Tile(64, 32, 8), Tile(32, 32, 8, 5), Tile(16, 32, 8, 5)), Tile(16, 32, 8, 5)),
     "hip:gfx942": ((Tile(32, 16, 8), Tile(16, 16, 8)), Tile(16, 16, 8)),
     # A program costs by its steps, not by their size.
     "interpreted": ((Tile(64, 64, 1), Tile(16, 64, 1)), Tile(64, 64, 1)),
@@ -134,6 +149,7 @@ def _specialised(
     # Reading a mask takes the registers that a tile of 64 rows leaves.
     tile = care if with_care else _tile(target, min(height, 32) if has_mask else height, num_heads, page_size)
     rows = min(tile.rows, height)
+    is_one_token = not with_care and num_heads % rows == 0
     tiles_per_item = triton.cdiv(height, rows)
     values = latents if target == "interpreted" or not with_care else min(latents, _CARE_VALUES)
     constants = {
@@ -142,7 +158,12 @@ def _specialised(
         "ROPE_DIM": rope_dim,
         "CAUSAL": causal,
         "HAS_WINDOW": has_window,
-        "ONE_TOKEN": not with_care and num_heads % rows == 0,
+        "ONE_TOKEN": is_one_token,
+        "EDGES_APART": is_one_token and tile.edges_apart and not has_mask,
+        # On NVIDIA Triton copies latents to shared memory ahead of time only so, for tiles below 64 rows. What a mask
+        # decides about is not copied ahead, and would take more shared memory. On AMD, values would be read from shared
+        # memory two bytes at a time.
+        "KEYS_FIRST": not (with_care or target.startswith("hip") or (is_one_token and has_mask)),
         "WITH_CARE": with_care,
         "IN_FLOAT32": not is_16_bit,
         "TILES_PER_ITEM": tiles_per_item,
@@ -178,6 +199,7 @@ def compile_variants() -> list[Variant]:
         (128, 16, 64, "bf16", "bf16", True, ()),
         (32, 16, 64, "bf16", "bf16", False, ("Mask", "Mask_indptr", "Sums", "Stats")),
         (16, 1, 0, "fp16", "fp16", False, ("Q_rope", "Rope_pages", "Mask", "Mask_indptr")),
+        (16, 64, 64, "bf16", "bf16", True, ("Mask", "Mask_indptr")),
         (5, 16, 64, "bf16", "bf16", True, ()),
         (128, 64, 128, "bf16", "bf16", False, ("Mask", "Mask_indptr")),
         (16, 16, 64, "fp32", "fp32", True, ()),

@@ -1,9 +1,10 @@
 """Latent attention of one tile of rows over one chunk of keys.
 
-Rows are tokens x heads of one sequence, so that all heads read a latent once. A block of latents is loaded once, with
-columns first, and serves as keys and, transposed, as values. What is not finite gets into no row that does not see it:
+Rows are tokens x heads of one sequence, so that all heads read a latent once. A block of latents is loaded once and
+serves as keys and as values, of which one is transposed. What is not finite gets into no row that does not see it:
 where all rows of a tile see the same keys, what they do not see is never loaded; elsewhere a tile that comes out with
-something that is not finite is computed once more with care.
+something that is not finite is computed once more with care. Of the rows that see a latent with an infinite element,
+each weighs it as NaN or, where that makes its logit -inf, as 0: in this column the result is NaN either way.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def attend_latents(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
+    EDGES_APART: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
     WITH_CARE: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     TILES_PER_ITEM: tl.constexpr,
@@ -64,9 +67,11 @@ def attend_latents(
 ):
     """A program computes BLOCK_ROWS rows of one item, which has TILES_PER_ITEM times as many.
 
-    ONE_TOKEN: the rows of a tile are heads of one token. WITH_CARE: computed so from the start, and BLOCK_VALUES
-    columns of the result by a program; without, BLOCK_VALUES is BLOCK_LATENT, all columns. IN_FLOAT32: products of
-    float32; without, query, pages and result share a dtype of 16 bits.
+    ONE_TOKEN: the rows of a tile are heads of one token. EDGES_APART: of such, without a mask: logits are masked in the
+    blocks alone that need it. KEYS_FIRST: latents are loaded as [keys, columns] and transposed for the logits, else the
+    other way round. WITH_CARE: computed so from the start, and BLOCK_VALUES columns of the result by a program;
+    without, BLOCK_VALUES is BLOCK_LATENT, all columns. IN_FLOAT32: products of float32; without, query, pages and
+    result share a dtype of 16 bits.
     """
     num_parts: tl.constexpr = (LATENT_DIM + BLOCK_VALUES - 1) // BLOCK_VALUES
     program = tl.program_id(0)
@@ -124,28 +129,47 @@ def attend_latents(
                 is_held = _seen(at_key, is_held, first_seen, last_seen, Mask, mask_row, False, HAS_WINDOW)
             page, offset = _slots(pages, block_start, at_key, is_held, PAGE_SIZE, BLOCK_KEYS)
             latent_at = page * stride_latent_page + offset * stride_latent_token
-            latent = _columns_first(Latent_pages, latent_at, is_held, column, LATENT_DIM, BLOCK_LATENT)
+            if KEYS_FIRST:
+                values = _rows(Latent_pages, latent_at, is_held, column, LATENT_DIM)
+                latent = tl.trans(values)
+            else:
+                latent = _columns_first(Latent_pages, latent_at, is_held, column, LATENT_DIM, BLOCK_LATENT)
+                values = tl.trans(latent)
             logits = tl.dot(q_latent, latent, input_precision="ieee")
             if ROPE_DIM:
                 rope_at = page * stride_rope_page + offset * stride_rope_token
                 rope = _columns_first(Rope_pages, rope_at, is_held, rope_column, ROPE_DIM, BLOCK_ROPE)
-                logits = tl.dot(q_rope, rope, logits, input_precision="ieee")
-            is_seen = is_held[None, :]
-            if not ONE_TOKEN:
-                is_seen = _seen(
-                    at_key[None, :],
-                    is_seen,
-                    first_seen[:, None],
-                    last_seen[:, None],
-                    Mask,
-                    mask_row[:, None],
-                    CAUSAL,
-                    HAS_WINDOW,
-                )
-            logits = tl.where(is_seen, logits * sm_scale, float("-inf"))
+            if EDGES_APART:
+                # Of a product that leads to another one, Triton has a warp compute all keys of its rows: with 64 rows
+                # and 8 warps each is computed twice. It does not follow a result through a branch taken at run time,
+                # nor a sum of two results that are scaled before.
+                logits *= sm_scale
+                if ROPE_DIM:
+                    logits = tl.fma(tl.dot(q_rope, rope, input_precision="ieee"), sm_scale, logits)
+                is_edge = block_start + BLOCK_KEYS > stop
+                if HAS_WINDOW:
+                    is_edge |= block_start < first_seen
+                if is_edge:
+                    logits = tl.where(is_held[None, :], logits, float("-inf"))
+            else:
+                if ROPE_DIM:
+                    logits = tl.dot(q_rope, rope, logits, input_precision="ieee")
+                is_seen = is_held[None, :]
+                if not ONE_TOKEN:
+                    is_seen = _seen(
+                        at_key[None, :],
+                        is_seen,
+                        first_seen[:, None],
+                        last_seen[:, None],
+                        Mask,
+                        mask_row[:, None],
+                        CAUSAL,
+                        HAS_WINDOW,
+                    )
+                logits = tl.where(is_seen, logits * sm_scale, float("-inf"))
             weights, rescale, highest = _weights(logits, highest)
             weight_sum = weight_sum * rescale + tl.sum(weights, 1)
-            total = tl.dot(weights.to(latent.dtype), tl.trans(latent), total * rescale[:, None], input_precision="ieee")
+            total = tl.dot(weights.to(values.dtype), values, total * rescale[:, None], input_precision="ieee")
         needs_care = False
         if not ONE_TOKEN:
             # Something not finite: it may have come from keys that a row does not see, as a product with 0.
@@ -164,6 +188,7 @@ def attend_latents(
         highest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
         weight_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
         total = tl.zeros((BLOCK_ROWS, BLOCK_VALUES), tl.float32)
+        num_infinite = tl.zeros((CARE_KEYS,), tl.int32)
         for block_start in tl.range(start, stop, CARE_KEYS, num_stages=1):
             at_key = block_start + few_keys
             is_held = at_key < stop
@@ -174,8 +199,6 @@ def attend_latents(
                 a = _rows(Q_latent, q_latent_at, row_exists, first + some_columns, LATENT_DIM)
                 b = _columns_first(Latent_pages, latent_at, is_held, first + some_columns, LATENT_DIM, CARE_COLUMNS)
                 logits = _product(a, b, logits, IN_FLOAT32)
-            # A latent that is not finite makes its logits so in all rows, those that do not see it as well.
-            is_finite = tl.max((tl.abs(logits) < float("inf")).to(tl.int32), 0) > 0
             if ROPE_DIM:
                 rope_at = page * stride_rope_page + offset * stride_rope_token
                 for first in tl.range(0, ROPE_DIM, CARE_COLUMNS, num_stages=1):
@@ -194,12 +217,35 @@ def attend_latents(
             )
             logits = tl.where(is_seen, logits * sm_scale, float("-inf"))
             weights, rescale, highest = _weights(logits, highest)
-            weights = tl.where(is_seen & (is_finite == 0)[None, :], float("nan"), weights)
             weight_sum = weight_sum * rescale + tl.sum(weights, 1)
-            values = _rows(Latent_pages, latent_at, is_held & is_finite, value_column, LATENT_DIM)
+            values = _rows(Latent_pages, latent_at, is_held, value_column, LATENT_DIM)
+            # 0 * NaN must not get into the rows that do not see it.
+            is_finite = tl.abs(values.to(tl.float32)) < float("inf")
+            num_infinite += tl.sum(is_finite.to(tl.int32) ^ 1, 1)
+            values = tl.where(is_finite, values, 0.0).to(values.dtype)
             if not IN_FLOAT32:
                 weights = weights.to(values.dtype)
             total = _product(weights, values, total * rescale[:, None], IN_FLOAT32)
+        if tl.max(num_infinite, 0) > 0:
+            for block_start in tl.range(start, stop, CARE_KEYS, num_stages=1):
+                at_key = block_start + few_keys
+                is_held = at_key < stop
+                page, offset = _slots(pages, block_start, at_key, is_held, PAGE_SIZE, CARE_KEYS)
+                latent_at = page * stride_latent_page + offset * stride_latent_token
+                values = _rows(Latent_pages, latent_at, is_held, value_column, LATENT_DIM)
+                is_infinite = tl.where(tl.abs(values.to(tl.float32)) < float("inf"), 0.0, 1.0).to(tl.bfloat16)
+                is_seen = _seen(
+                    at_key[None, :],
+                    is_held[None, :],
+                    each_first[:, None],
+                    each_last[:, None],
+                    Mask,
+                    each_mask[:, None],
+                    CAUSAL,
+                    HAS_WINDOW,
+                )
+                marks = tl.dot(tl.where(is_seen, 1.0, 0.0).to(tl.bfloat16), is_infinite, input_precision="ieee")
+                total = tl.where(marks > 0, float("nan"), total)
 
     # The rows of a tile are neighbours in out and in partials: nothing but their first one was kept through the loop,
     # which needs the registers.
