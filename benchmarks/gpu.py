@@ -8,64 +8,94 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import machine
+from . import gpu_path, machine  # noqa: F401 (the first finds pagedkv for all others)
 from .case import OURS, WrongResultError
 from .gpu_cases import GpuCase, GpuSpec, Host, Target, all_specs
 from .gpu_ceilings import GpuCeilings
 from .gpu_clock import Clock, CudaClock, HostClock, Times
+from .gpu_guard import run_guarded, update_json
 from .gpu_tune import tune_specs
 
-__all__ = ["describe_gpu", "main", "run_spec", "update_json"]
+__all__ = ["describe_gpu", "main", "run_spec"]
 
 _SECONDS_EACH = 2.5
+# A new process takes over after a case that leaves the device broken.
+_BROKEN = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the cases asked for, and writes after each; 1 when one failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    specs = _chosen(list(tune_specs() if options.tune else all_specs()), options.only, options.after)
+    if options.list:
+        print("\n".join(spec.name for spec in specs))
+        return 0
+    if options.inside:
+        return _run_specs(specs, options)
+    path = options.json or _json_path(options.tune)
+    update_json(path, {"machine": {}, "figures": [], "failed": {}, "at": ""})
+    # TRITON_INTERPRET is read at the import.
+    environment = {"TRITON_INTERPRET": "1"} if options.dry_run else {}
+    limits = {"budget_s": options.budget_s, "silence_s": options.silence_s}
+    status = run_guarded(arguments, path, environment, **limits)
+    print(f"results: {path}")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases whose name contains TEXT; repeatable")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="put all figures there, beside what is there")
-    parser.add_argument("--budget-s", type=float, default=1e9, help="begin no case after so many seconds")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="put all figures there (default: in $OUT, or build/)")
+    parser.add_argument("--budget-s", type=float, default=520.0, help="begin no case after so many seconds (520)")
+    parser.add_argument("--silence-s", type=float, default=150.0, help="a case that takes longer is given up (150)")
     parser.add_argument("--dry-run", action="store_true", help="everything once, tiny, interpreted, on the CPU")
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--tune", action="store_true", help="instead: other tiles and numbers of programs than ours")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--after", default="", metavar="NAME", help="go on after this case")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--inside", action="store_true", help="in this process, which a case may end")
+    return parser
+
+
+def _json_path(is_tuning: bool) -> Path:
+    folder = Path(os.environ.get("OUT") or Path(__file__).resolve().parent.parent / "build")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp())
+    return folder / f"gpu-{'tune' if is_tuning else 'benchmark'}-{time.strftime('%Y-%m-%d-%H%M%S')}.json"
+
+
+def _run_specs(specs: list[GpuSpec], options: argparse.Namespace) -> int:
     started = time.monotonic()
-    specs = _chosen(list(tune_specs() if options.tune else all_specs()), options.only, options.after)
-    if options.list:
-        print("\n".join(spec.name for spec in specs))
-        return 0
-    clock: Clock = HostClock() if options.dry_run else CudaClock()
-    ceilings = GpuCeilings(clock.device, tiny=options.dry_run)
-    failed, left_out = 0, []
-    if options.json and not options.after:
-        update_json(options.json, {"machine": describe_gpu(clock.device), "figures": [], "failed": {}})
+    if specs and time.monotonic() - started <= options.budget_s:
+        clock: Clock = HostClock() if options.dry_run else CudaClock()
+        ceilings = GpuCeilings(clock.device, tiny=options.dry_run)
+        update_json(options.json, {"machine": describe_gpu(clock.device)})
+    left_out = []
     for spec in specs:
         if time.monotonic() - started > options.budget_s:
             left_out.append(spec.name)
             continue
+        update_json(options.json, {"at": spec.name})
         result = run_spec(spec, clock, ceilings, options.backend, tiny=options.dry_run)
         _print_result(spec.name, result)
-        if options.json:
-            _keep(options.json, spec.name, result)
-        failed += "error" in result
+        _keep(options.json, spec.name, result)
         if "error" in result and _is_broken(clock):
-            _go_on_in_a_new_process(sys.argv[1:] if arguments is None else arguments, spec.name, started, options)
+            print("  the device does not answer any more: the rest in a new process", flush=True)
+            return _BROKEN
     if left_out:
         print(f"left out for lack of time: {', '.join(left_out)}")
-        if options.json:
-            update_json(options.json, {"left_out": left_out})
-    total_failed = len(json.loads(options.json.read_text())["failed"]) if options.json else failed
-    return 1 if total_failed else 0
+        update_json(options.json, {"left_out": left_out})
+    return 1 if json.loads(options.json.read_text()).get("failed") else 0
 
 
 def _chosen(specs: list[GpuSpec], only: list[str] | None, after: str) -> list[GpuSpec]:
@@ -75,21 +105,24 @@ def _chosen(specs: list[GpuSpec], only: list[str] | None, after: str) -> list[Gp
 
 
 def run_spec(spec: GpuSpec, clock: Clock, ceilings: GpuCeilings, backend: str, *, tiny: bool) -> dict[str, Any]:
-    """The figures of a case, or the error it ended with; a wrong op is an error, and is not timed."""
+    """The figures of a case, or the error it ended with.
+
+    What is wrong is timed, too, which may help to find why, but each figure says so, and it is an error.
+    """
     torch.manual_seed(0)
     try:
         with torch.inference_mode():
             case = spec.build(clock, tiny, backend)
             return _timed(spec.name, case, clock, ceilings)
-    except WrongResultError as error:
-        return {"error": f"wrong: {error}"}
     except Exception as error:  # noqa: BLE001 - the other cases are still to be measured
-        return {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+        words = f"{type(error).__name__}: {error}"
+        # A compiler's error begins with where it is and ends with what it is.
+        return {"error": words if len(words) <= 800 else f"{words[:400]} ... {words[-400:]}"}
     finally:
         case = None
         gc.collect()
         if clock.device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # of a device that does not answer any more
+            with contextlib.suppress(Exception):  # of a device that does not answer any more
                 torch.cuda.empty_cache()
 
 
@@ -97,7 +130,11 @@ def _timed(name: str, case: GpuCase | Host, clock: Clock, ceilings: GpuCeilings)
     if isinstance(case, Host):
         times = {who: clock.host_ms(run, rounds=15) for who, run in case.contenders.items()}
         return {"figures": [{"case": name, "who": who, **vars(each)} for who, each in times.items()], "notes": []}
-    case.check()
+    wrong = ""
+    try:
+        case.check()
+    except WrongResultError as error:
+        wrong = f"wrong: {error}"
     clock.wait()
     kinds = ["read", "copy", "matmul"] if name == "ceilings" else [case.ceiling] if case.ceiling else []
     probes = {kind: ceilings.probe(kind) for kind in kinds}  # type: ignore[arg-type]
@@ -117,8 +154,11 @@ def _timed(name: str, case: GpuCase | Host, clock: Clock, ceilings: GpuCeilings)
                 figure["share"] = figure["rate"] / figures[0]["rate"]
         if who == OURS and case.target:
             figure |= _held_to(case.target, figure, times)
+        if who == OURS and wrong:
+            figure |= {"wrong": wrong, "is_reached": False}
         figures.append(figure)
-    return {"figures": figures, "notes": list(case.notes)}
+    notes = [note if isinstance(note, str) else note() for note in case.notes]
+    return {"figures": figures, "notes": notes, **({"error": wrong} if wrong else {})}
 
 
 def _rate(work: int, times: Times, unit: str) -> float:
@@ -140,9 +180,8 @@ def _held_to(target: Target, figure: dict[str, Any], times: dict[str, Times]) ->
 def _print_result(name: str, result: dict[str, Any]) -> None:
     print(name)
     if "error" in result:
-        print(f"  FAILED: {result['error']}", flush=True)
-        return
-    for figure in result["figures"]:
+        print(f"  FAILED: {result['error']}")
+    for figure in result.get("figures", []):
         line = f"  {figure['who']:<42}{figure['median_ms']:>10.4f} ms"
         line += f"{figure['p10_ms']:>10.4f} - {figure['p90_ms']:.4f}"
         if "rate" in figure:
@@ -152,8 +191,10 @@ def _print_result(name: str, result: dict[str, Any]) -> None:
         if "target" in figure:
             line += f"  target {figure['target']}: {'reached' if figure['is_reached'] else 'MISSED'}"
             line += f" ({figure['reached']:.2f})"
+        if figure["late_rounds"]:
+            line += f"  in {figure['late_rounds']} of {figure['rounds']} rounds the device may have waited for the host"
         print(line)
-    for note in result["notes"]:
+    for note in result.get("notes", []):
         print(f"  {note}")
     sys.stdout.flush()
 
@@ -161,21 +202,11 @@ def _print_result(name: str, result: dict[str, Any]) -> None:
 def _keep(path: Path, name: str, result: dict[str, Any]) -> None:
     document = json.loads(path.read_text())
     if "error" in result:
-        document["failed"][name] = result["error"]
-    else:
-        document["figures"] += result["figures"]
-        if result["notes"]:
-            document.setdefault("notes", {})[name] = result["notes"]
+        document.setdefault("failed", {})[name] = result["error"]
+    document.setdefault("figures", []).extend(result.get("figures", []))
+    if result.get("notes"):
+        document.setdefault("notes", {})[name] = result["notes"]
     update_json(path, document)
-
-
-def update_json(path: Path, values: dict[str, Any]) -> None:
-    """Sets keys of the document at once: a run that is killed leaves what it had."""
-    document = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({**document, **values}, indent=1) + "\n")
-    beside.replace(path)
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:
@@ -218,16 +249,5 @@ def _is_broken(clock: Clock) -> bool:
     return False
 
 
-def _go_on_in_a_new_process(arguments: Iterable[str], after: str, started: float, options: argparse.Namespace) -> None:
-    left = max(options.budget_s - (time.monotonic() - started), 0.0)
-    print("  the device does not answer any more: the rest in a new process", flush=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--after", after, "--budget-s", str(left)]
-    os.execv(sys.executable, command)
-
-
 if __name__ == "__main__":
-    if "--dry-run" in sys.argv and os.environ.get("TRITON_INTERPRET") != "1":
-        # It is read when pagedkv is imported, which is done.
-        command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     sys.exit(main())

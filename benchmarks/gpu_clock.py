@@ -15,25 +15,33 @@ Run = Callable[[int], object]
 
 # More than the last cache of any GPU (H200: 50 MiB, MI300X: 256 MiB).
 _FLUSH_BYTES = 512 << 20
-_MIN_ROUNDS, _MAX_ROUNDS = 7, 60
+_MIN_ROUNDS, _MAX_ROUNDS = 7, 100
 _MOST_QUEUED_S = 0.25
+# An idle GPU runs at a sixth of its clock: so many sleeps of 5 ms at full speed are enough for it to rise.
+_SLEEPS, _SLEPT_CYCLES = 40, 10_000_000
+_LONGEST_SLEEP_S = 0.05
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of one contender, in milliseconds: the median and the 10th and 90th percentile of its rounds."""
+    """Of one contender, in milliseconds: the median and the 10th and 90th percentile of its rounds.
+
+    late_rounds: of these, those in which the device was ready before the host, and so may have waited for it.
+    """
 
     median_ms: float
     p10_ms: float
     p90_ms: float
     rounds: int
+    late_rounds: int = 0
 
     @classmethod
-    def of(cls, milliseconds: list[float]) -> Times:
+    def of(cls, milliseconds: list[float], late_rounds: int = 0) -> Times:
         """Of at least one round."""
         ordered = sorted(milliseconds)
         last = len(ordered) - 1
-        return cls(statistics.median(ordered), ordered[round(last * 0.1)], ordered[round(last * 0.9)], len(ordered))
+        low, high = ordered[round(last * 0.1)], ordered[round(last * 0.9)]
+        return cls(statistics.median(ordered), low, high, len(ordered), late_rounds)
 
 
 class Clock:
@@ -74,19 +82,17 @@ class CudaClock(Clock):
     """CUDA or ROCm.
 
     Before each call the device sleeps as long as the host needs to launch it, so that launches never wait for Python:
-    the figure is that of the kernels and of nothing else. A call that waits for the device shows as a long one.
+    the figure is that of the kernels and of nothing else. Where the device has begun before the host is done, the round
+    is late: it does not count, and the next sleep is twice as long. All rounds of a call that waits for the device are
+    late; then they are all there is, and the figure says so.
     """
 
     def __init__(self, device: str = "cuda", flush_bytes: int = _FLUSH_BYTES) -> None:
         self.device = torch.device(device)
         self._flushed = torch.ones(flush_bytes // 4, device=self.device)
-        self._cycles_a_s = self._measure_cycles()
-
-    def _measure_cycles(self) -> float:
-        cycles = 2_000_000
-        torch.cuda._sleep(cycles)
-        milliseconds = statistics.median(self._event_ms(lambda: torch.cuda._sleep(cycles)) for _ in range(5))
-        return cycles / max(milliseconds, 1e-3) * 1e3
+        sleeps = (self._event_ms(lambda: torch.cuda._sleep(_SLEPT_CYCLES)) for _ in range(_SLEEPS))
+        # At the highest clock: a sleep may be too long, but not too short.
+        self._cycles_a_s = _SLEPT_CYCLES / max(min(sleeps), 1e-3) * 1e3
 
     def _event_ms(self, run: Callable[[], object]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -97,34 +103,40 @@ class CudaClock(Clock):
         return float(start.elapsed_time(stop))
 
     def time(self, runs: Mapping[str, Run], budget_s: float) -> dict[str, Times]:
-        launch_s, round_s = {}, 0.0
+        sleep_s, round_s = {}, 0.0
         for name, run in runs.items():
             for i in range(3):  # compiles, fills the allocator
                 run(i)
             self.wait()
             started = time.perf_counter()
             run(3)
-            launch_s[name] = time.perf_counter() - started
+            launch_s = time.perf_counter() - started
             self.wait()
-            round_s += self._event_ms(lambda run=run: run(4)) / 1e3 + launch_s[name] + 4e-4  # type: ignore[misc]
+            sleep_s[name] = min(1.5 * launch_s + 2e-5, _LONGEST_SLEEP_S)
+            round_s += self._event_ms(lambda run=run: run(4)) / 1e3 + launch_s + 4e-4  # type: ignore[misc]
         rounds = min(max(int(budget_s / round_s), _MIN_ROUNDS), _MAX_ROUNDS)
-        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        queued: dict[str, list[_Round]] = {name: [] for name in runs}
         queued_s = 0.0
         for i in range(rounds):
             for name, run in runs.items():
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._flushed.sum()
-                torch.cuda._sleep(int((1.5 * launch_s[name] + 2e-5) * self._cycles_a_s))
-                start.record()
-                run(i)
-                stop.record()
-                events[name].append((start, stop))
+                queued[name].append(self._round(run, i, sleep_s[name]))
+                if queued[name][-1].is_late:
+                    sleep_s[name] = min(2 * sleep_s[name], _LONGEST_SLEEP_S)
             queued_s += round_s
             if queued_s > _MOST_QUEUED_S:
                 self.wait()
                 queued_s = 0.0
         self.wait()
-        return {name: Times.of([start.elapsed_time(stop) for start, stop in pairs]) for name, pairs in events.items()}
+        return {name: _times(of_name) for name, of_name in queued.items()}
+
+    def _round(self, run: Run, i: int, sleep_s: float) -> _Round:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.sum()
+        torch.cuda._sleep(int(sleep_s * self._cycles_a_s))
+        start.record()
+        run(i)
+        stop.record()
+        return _Round(start, stop, is_late=bool(start.query()))
 
     def captured(self, run: Callable[[], object]) -> Callable[[], object]:
         stream = torch.cuda.Stream()
@@ -146,13 +158,27 @@ class CudaClock(Clock):
             with torch.profiler.profile(activities=[activity]) as profile:
                 run()
                 self.wait()
-        except RuntimeError:  # a machine may keep its counters to itself
+        except Exception:  # noqa: BLE001 - a machine may keep its counters to itself; no figure depends on this
             return None
         microseconds = sum(event.self_device_time_total for event in profile.key_averages())
         return microseconds / 1e3 if microseconds else None
 
     def wait(self) -> None:
         torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class _Round:
+    start: torch.cuda.Event
+    stop: torch.cuda.Event
+    is_late: bool
+
+
+def _times(rounds: list[_Round]) -> Times:
+    on_time = [each for each in rounds if not each.is_late]
+    counted = on_time if len(on_time) >= _MIN_ROUNDS else rounds
+    milliseconds = [each.start.elapsed_time(each.stop) for each in counted]
+    return Times.of(milliseconds, sum(each.is_late for each in counted))
 
 
 class HostClock(Clock):

@@ -1,10 +1,14 @@
-"""Other tiles, warps, stages and numbers of programs than the launchers choose, in turns with what they choose."""
+"""Other tiles, warps, stages and numbers of programs than the launchers choose, each in turns with what they choose.
+
+A case each, so that one that hangs or crashes costs no other.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +16,7 @@ import torch
 
 from .case import OURS
 from .gpu_batch import GpuBatch, GpuShape, LatentBatch
-from .gpu_cases import GpuCase, GpuSpec, Run
+from .gpu_cases import GpuCase, GpuSpec, Run, latent_batch, work_of
 from .gpu_ceilings import Kind
 from .gpu_clock import Clock
 
@@ -70,27 +74,34 @@ _PROGRAMS = (2, 4, 8, 16, 32)
 
 def tune_specs() -> Iterator[GpuSpec]:
     """Decode in bfloat16 and float8, prefill and latent attention."""
-    long, one, many = GpuShape(64, 4096), GpuShape(1, 131072), GpuShape(256, 1024)
-    fp8 = GpuShape(64, 4096, dtype=torch.float8_e4m3fn)
-    for shape in (long, one, many, fp8):
-        yield GpuSpec(f"tiles/{shape}", partial(_tiles, shape=shape, tiles=_DECODE_TILES, ceiling="read"))
-    prefill = GpuShape(1, 16384, q_len=16384)
-    yield GpuSpec(f"tiles/{prefill}", partial(_tiles, shape=prefill, tiles=_PREFILL_TILES, ceiling="matmul"))
-    yield GpuSpec("tiles/mla-S64-ctx4096-H128", _latent_tiles)
+    long, one, many = GpuShape(64, 4096), GpuShape(1, 131072), GpuShape(256, 1024, num_q_heads=64)
+    fp8, prefill = replace(long, dtype=torch.float8_e4m3fn), GpuShape(1, 16384, q_len=16384)
+
+    def tiles(shape: GpuShape, of: Sequence[Tile]) -> Iterator[GpuSpec]:
+        for tile in of:
+            yield GpuSpec(f"tiles/{shape}/{tile}", partial(_tile, shape=shape, tile=tile))
+
+    yield from tiles(long, _DECODE_TILES)
+    yield from tiles(prefill, _PREFILL_TILES)
+    for tile in _LATENT_TILES:
+        yield GpuSpec(f"tiles/mla-S64-ctx4096-H128/{tile}", partial(_latent_tile, tile=tile))
     for shape in (long, one, many):
-        yield GpuSpec(f"programs/{shape}", partial(_programs, shape=shape))
+        for programs in _PROGRAMS:
+            name = f"programs/{shape}/{programs} programs a multiprocessor"
+            yield GpuSpec(name, partial(_programs, shape=shape, programs=programs))
+    for shape in (fp8, many, one):
+        yield from tiles(shape, _DECODE_TILES)
 
 
 Change = Callable[[], AbstractContextManager[None]]
 
 
-def _tiles(clock: Clock, tiny: bool, backend: str, *, shape: GpuShape, tiles: Sequence[Tile], ceiling: Kind) -> GpuCase:
-    shape, tiles = (shape.tiny(), tiles[:1]) if tiny else (shape, tiles)
-    batch = GpuBatch(shape, clock.device, backend)
+def _tile(clock: Clock, tiny: bool, backend: str, *, shape: GpuShape, tile: Tile) -> GpuCase:
+    batch = GpuBatch(shape.tiny() if tiny else shape, clock.device, backend)
     module = _module("paged_attention")
 
     @contextmanager
-    def changed(tile: Tile) -> Iterator[None]:
+    def changed() -> Iterator[None]:
         original = module.form_of
 
         def form_of(*args: Any) -> tuple[Any, Any]:
@@ -101,65 +112,50 @@ def _tiles(clock: Clock, tiny: bool, backend: str, *, shape: GpuShape, tiles: Se
         with _set(module, "form_of", form_of):
             yield
 
-    work = shape.num_bytes if ceiling == "read" else shape.num_flops
-    return _case(batch, {str(tile): partial(changed, tile) for tile in tiles}, ceiling, work)
+    return _case(batch, str(tile), changed, *work_of(batch.shape))
 
 
-def _latent_tiles(clock: Clock, tiny: bool, backend: str) -> GpuCase:
-    if tiny:
-        batch = LatentBatch(2, 37, 4, clock.device, backend, widths=(32, 16), page_size=16)
-    else:
-        batch = LatentBatch(64, 4096, 128, clock.device, backend)
+def _latent_tile(clock: Clock, tiny: bool, backend: str, *, tile: Tile) -> GpuCase:
+    batch = latent_batch(clock, tiny, backend)
     module = _module("mla_attention")
 
     @contextmanager
-    def changed(tile: Tile) -> Iterator[None]:
+    def changed() -> Iterator[None]:
         ours = module.Tile(tile.rows, tile.keys, tile.num_warps, tile.num_stages)
         tiles = dict.fromkeys(module._TILES, ((ours,), ours))
         # Without its cache, which knows the launcher's own tiles.
         with _set(module, "_TILES", tiles), _set(module, "_specialised", module._specialised.__wrapped__):
             yield
 
-    tiles = _LATENT_TILES[:1] if tiny else _LATENT_TILES
-    return _case(batch, {str(tile): partial(changed, tile) for tile in tiles}, "matmul", batch.num_flops)
+    return _case(batch, str(tile), changed, "matmul", batch.num_flops)
 
 
-def _programs(clock: Clock, tiny: bool, backend: str, *, shape: GpuShape) -> GpuCase:
-    shape = shape.tiny() if tiny else shape
-    batch = GpuBatch(shape, clock.device, backend)
+def _programs(clock: Clock, tiny: bool, backend: str, *, shape: GpuShape, programs: int) -> GpuCase:
+    batch = GpuBatch(shape.tiny() if tiny else shape, clock.device, backend)
     work = _module("attention_work")
-    changes: dict[str, Change] = {}
-    for programs in _PROGRAMS[:1] if tiny else _PROGRAMS:
-        with _set(work, "_PROGRAMS_EACH", (programs, *work._PROGRAMS_EACH[1:])):
-            plan = batch.make_plan()
-            plan = plan if plan.device_work is not None else _with_work(work, plan)
-        changes[f"{programs} programs a multiprocessor"] = partial(_set, batch, "plan", plan)
-    return _case(batch, changes, "read", shape.num_bytes)
+    with _set(work, "_PROGRAMS_EACH", (programs, *work._PROGRAMS_EACH[1:])):
+        plan = batch.make_plan()
+        if plan.device_work is None:  # made at the first run, as on the CPU: that is now
+            work.work_of(plan)
+    return _case(batch, f"{programs} programs", partial(_set, batch, "plan", plan), "read", batch.shape.num_bytes)
 
 
-def _with_work(work: Any, plan: Any) -> Any:
-    """Where it is made at the first run, as on the CPU, that is now."""
-    work.work_of(plan)
-    return plan
-
-
-def _case(batch: GpuBatch | LatentBatch, changes: dict[str, Change], ceiling: Kind, work: int) -> GpuCase:
+def _case(batch: GpuBatch | LatentBatch, name: str, change: Change, ceiling: Kind, work: int) -> GpuCase:
     """A change under which the batch is wrong, or does not compile, is a note."""
     contenders: dict[str, Run] = {OURS: batch.run}
     notes: list[str] = []
 
-    def run_changed(change: Change, i: int) -> object:
+    def run_changed(i: int) -> object:
         with change():
             return batch.run(i)
 
-    for name, change in changes.items():
-        try:
-            with change():
-                batch.check()
-        except Exception as error:  # noqa: BLE001 - a tile too large for the device, say
-            notes.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
-        else:
-            contenders[name] = partial(run_changed, change)
+    try:
+        with change():
+            batch.check()
+    except Exception as error:  # noqa: BLE001 - a tile too large for the device, say
+        notes.append(f"{name}: {type(error).__name__}: {str(error)[-150:]}")
+    else:
+        contenders[name] = run_changed
     return GpuCase(contenders, batch.check, ceiling, work, notes=tuple(notes))
 
 

@@ -18,25 +18,30 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gpu_check_cases import run_shard, shards_of, sorted_verdicts
+
 ROOT = Path(__file__).resolve().parent.parent
 
-STEPS = ("environment", "import", "conformance", "tests", "benchmark")
+STEPS = ("environment", "import", "conformance", "benchmark", "tests")
+# Instead of these, when it is asked for.
+TUNE = "tune"
 # Of the time that is left when a step begins, how much it may take.
-_SHARES = {"environment": 0.2, "import": 0.2, "conformance": 0.45, "tests": 0.35, "benchmark": 0.97}
+_SHARES = {"environment": 0.2, "import": 0.2, "conformance": 0.45, "benchmark": 0.75, "tests": 0.97, TUNE: 0.97}
+# Older ones lack what kernels and the interpreter's corrections are written for.
+_OLDEST_TRITON = (3, 6)
 
-# Processes an op, by what its cases cost: most of it is compiling.
-_SHARDS = {"paged_attention": 10, "mla_attention": 4}
 _MOST_PROCESSES = 16
+_MOST_SHOWN = 25
 
 
 @dataclass
@@ -55,7 +60,6 @@ class Run:
 
     def keep(self) -> None:
         """Writes what there is; a run that is killed leaves it."""
-        self.json_path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.json_path.with_suffix(".part")
         beside.write_text(json.dumps(self.document, indent=1) + "\n")
         beside.replace(self.json_path)
@@ -71,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     json_path = _json_path(options, described)
     run = Run(options, _environment_of(options), json_path, started + options.budget_s, {"steps": {}})
     run.keep()
-    for name in STEPS:
+    print(f"results: {json_path}", flush=True)
+    for name in (*STEPS, TUNE):
         if name not in options.steps:
             continue
         began = time.monotonic()
@@ -80,8 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # noqa: BLE001 - the other steps are still to be made
             verdict, details = "failed", {"words": f"{type(error).__name__}: {error}"}
         seconds = round(time.monotonic() - began, 1)
-        if name == "benchmark" and run.json_path.exists():
+        if name in ("benchmark", TUNE):
             run.document = {**json.loads(run.json_path.read_text()), "steps": run.document["steps"]}
+            run.document.pop("at", None)
         run.document["steps"][name] = {"verdict": verdict, "seconds": seconds, **details}
         run.keep()
         print(f"== {name}: {verdict} ({seconds} s) {details.get('words', '')}".rstrip(), flush=True)
@@ -94,13 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
     parser.add_argument("--budget-s", type=float, default=540.0, help="end within so many seconds (default: 540)")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--steps", nargs="+", choices=[*STEPS, TUNE], default=list(STEPS), help="default: all but tune")
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="default: benchmarks/results/<gpu>-<date>.json, in $OUT"
     )
     parser.add_argument("--ops", nargs="+", metavar="OP", help="of the conformance suite (default: all)")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="benchmark cases whose names contain TEXT")
-    parser.add_argument("--hang-s", type=float, default=30.0, help="a case that runs longer when time is up has failed")
+    parser.add_argument("--hang-s", type=float, default=90.0, help="a case that takes longer has failed (default: 90)")
     parser.add_argument("--commit", help="what the results name where there is no git")
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--dry-run", action="store_true", help="interpreted, tiny, on the CPU: does the script work?")
@@ -110,21 +116,33 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _environment_of(options: argparse.Namespace) -> dict[str, str]:
     """What the processes of the steps get."""
-    environment = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton-gpu"), **os.environ}
+    environment = {"TRITON_CACHE_DIR": str(_writable(ROOT / "build" / "triton-gpu")), **os.environ}
     environment |= {"PAGEDKV_COMMIT": options.commit} if options.commit else {}
+    environment.pop("PAGEDKV_DEBUG", None)  # each step decides: it makes launches wait
     if not list((ROOT / "src/pagedkv/_native").glob("*pagedkv_cpuinfo*")):
         environment.setdefault("PAGEDKV_NATIVE", "0")  # without its warning: nobody expects the core here
     return environment
 
 
+def _writable(folder: Path) -> Path:
+    """The folder, or a temporary one where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="pagedkv-"))
+
+
 def _json_path(options: argparse.Namespace, described: dict[str, Any]) -> Path:
     if options.json:
-        return Path(options.json)
+        return _writable(options.json.absolute().parent) / options.json.name
     if options.dry_run:
-        return ROOT / "build" / "gpu-check-dry-run.json"
+        return _writable(ROOT / "build") / "gpu-check-dry-run.json"
     gpu = re.sub(r"[^a-z0-9]+", "-", str(described.get("gpu") or "no-gpu").lower()).strip("-")
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    date += "-tune" if TUNE in options.steps else ""
+    folder = _writable(Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
     names = (f"{gpu}-{date}{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
     return next(folder / name for name in names if not (folder / name).exists())
 
@@ -151,7 +169,8 @@ def _described() -> dict[str, Any]:
         return {**described, "gpu": None}
     capability = getattr(gpu, "gcnArchName", "") or f"{gpu.major}.{gpu.minor}"
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return {**described, "gpu": gpu.name, "capability": capability, "runtime": runtime}
+    memory = round(gpu.total_memory / 2**30, 1)
+    return {**described, "gpu": gpu.name, "capability": capability, "runtime": runtime, "memory GiB": memory}
 
 
 def _environment(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -159,7 +178,10 @@ def _environment(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, An
     needed = ("torch", "numpy", "triton", *(() if run.options.dry_run else ("gpu", "C compiler", "Python.h")))
     missing = [name for name in needed if not described.get(name)]
     words = f"missing: {', '.join(missing)}. {described.get('words', '')}".strip() if missing else ""
-    return ("failed" if missing else "passed"), {"words": words, **described}
+    version = tuple(int(number) for number in re.findall(r"\d+", described["triton"] or "")[:2])
+    if version and version < _OLDEST_TRITON:
+        words = f"triton {described['triton']} is too old: kernels need 3.6, and some may not compile. {words}".strip()
+    return ("failed" if words else "passed"), {**described, "words": words}
 
 
 def _import(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -177,93 +199,28 @@ def _import(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _conformance(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """All cases, in processes side by side; one that breaks its process is followed by a new one."""
     until = time.monotonic() + run.time_for("conformance")
-    shards = _shards(run.options)
+    shards = shards_of(run.options.ops or (), run.options.most_cases)
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_conformance.py"), "--backend", run.options.backend]
+    command += ["--device", "cpu" if run.options.dry_run else "cuda"]
+    # Without the switch the kernels trust slots and page ids, and refuse nothing.
+    environment, limits = {**run.environment, "PAGEDKV_DEBUG": "1"}, {"until": until, "hang_s": run.options.hang_s}
     verdicts: dict[str, tuple[str, str]] = {}
-    processes = min(_MOST_PROCESSES, os.cpu_count() or 1, len(shards))
+    # A process takes half a GiB of the GPU before it has done anything.
+    room = int(described.get("memory GiB", 32)) // 2
+    processes = max(min(_MOST_PROCESSES, os.cpu_count() or 1, len(shards), room), 1)
     with ThreadPoolExecutor(processes) as threads:
-        waiting = {threads.submit(_run_shard, run, verdicts, *shard, until) for shard in shards}
+        waiting = {threads.submit(run_shard, verdicts, shard, command, environment, **limits) for shard in shards}
         while waiting:
             done, waiting = wait(waiting, timeout=5.0)
             for future in done:
                 future.result()
-            run.document["steps"]["conformance"] = {"verdict": "unfinished", **_sorted_verdicts(verdicts)}
+            run.document["steps"]["conformance"] = {"verdict": "unfinished", **sorted_verdicts(verdicts)}
             run.keep()
-    details = _sorted_verdicts(verdicts)
-    for name, words in list(details["failed"].items())[:20]:
-        print(f"  failed {name}: {words[:300]}")
+    details = sorted_verdicts(verdicts)
     counts = f"{details['passed']} passed, {len(details['failed'])} failed, {len(details['not offered'])} not offered"
     counts += f", {len(details['not run'])} not run for lack of time" if details["not run"] else ""
     is_right = details["passed"] and not details["failed"] and not details["not run"]
     return ("passed" if is_right else "failed"), {"words": counts, **details}
-
-
-def _shards(options: argparse.Namespace) -> list[tuple[str, list[str], int, int]]:
-    """Op, the names of its cases, and from which to which; long ops first."""
-    from pagedkv.testing.conformance import conformance_cases
-
-    names: dict[str, list[str]] = {}
-    for case in conformance_cases(*options.ops or ()):
-        names.setdefault(case.op, []).append(str(case))
-    shards = []
-    for op, cases in names.items():
-        count, total = _SHARDS.get(op, 1), min(len(cases), options.most_cases)
-        cuts = [total * part // count for part in range(count + 1)]
-        shards += [(op, cases, start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
-    return sorted(shards, key=lambda shard: -_SHARDS.get(shard[0], 1))
-
-
-def _run_shard(
-    run: Run,
-    verdicts: dict[str, tuple[str, str]],
-    op: str,
-    cases: list[str],
-    start: int,
-    stop: int,
-    until: float,
-) -> None:
-    """Sets the verdicts of cases[start:stop], each as it comes."""
-    next_case = start
-    while next_case < stop:
-        left = until - time.monotonic()
-        if left <= 0:
-            break
-        command = [sys.executable, str(ROOT / "scripts" / "gpu_conformance.py"), op, str(next_case), str(stop)]
-        command += ["--backend", run.options.backend, "--device", "cpu" if run.options.dry_run else "cuda"]
-        begun, began = None, 0.0
-        num_lines = 0
-        # Without the switch the kernels trust slots and page ids, and refuse nothing.
-        process = _Process(command, {**run.environment, "PAGEDKV_DEBUG": "1"}, left)
-        for line in process.lines():
-            num_lines += 1
-            next_case = line["number"] + 1
-            begun, began = line.get("started"), time.monotonic()
-            if begun is None:
-                verdicts[line["case"]] = (line["verdict"], line["words"])
-        if process.status == 0:
-            break
-        if begun is not None and time.monotonic() < until:
-            verdicts[begun] = ("failed", f"its process ended with status {process.status}. {process.words()}")
-        elif begun is not None and until - began > run.options.hang_s:
-            verdicts[begun] = ("failed", f"did not end in {until - began:.0f} s")
-        elif not num_lines and time.monotonic() < until:
-            # It did not come to its first case, and so it would be again.
-            words = f"its process ended with status {process.status}. {process.words()}"
-            verdicts.update(dict.fromkeys(cases[next_case:stop], ("failed", words)))
-            break
-    for name in cases[start:stop]:
-        verdicts.setdefault(name, ("not run", ""))
-
-
-def _sorted_verdicts(verdicts: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    def those(kind: str) -> dict[str, str]:
-        return {name: words for name, (verdict, words) in list(verdicts.items()) if verdict == kind}
-
-    return {
-        "passed": len(those("passed")),
-        "failed": those("failed"),
-        "not offered": those("not offered"),
-        "not run": list(those("not run")),
-    }
 
 
 def _tests(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -289,59 +246,79 @@ def _tests(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return verdict, {"words": words[:300], "log": _last(done, 6000)}
 
 
-def _benchmark(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    left = run.time_for("benchmark")
-    # It begins no case in the last twentieth, and has that to end the one it is at.
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "benchmarks.gpu",
-        "--json",
-        str(run.json_path),
-        "--budget-s",
-        str(left * 0.9),
-    ]
-    command += ["--backend", run.options.backend]
+def _benchmark(run: Run, described: dict[str, Any], *, tunes: bool = False) -> tuple[str, dict[str, Any]]:
+    left = run.time_for(TUNE if tunes else "benchmark")
+    # It ends what it is at by itself when a tenth more, or 20 s, have gone by.
+    budget_s = min(left / 1.1, max(left - 25.0, 1.0))
+    command = [sys.executable, "-u", "-m", "benchmarks.gpu", "--json", str(run.json_path)]
+    command += ["--budget-s", str(budget_s), "--backend", run.options.backend]
     command += ["--dry-run"] if run.options.dry_run else []
+    command += ["--tune"] if tunes else []
     for text in run.options.only or ():
         command += ["--only", text]
     try:
-        code = subprocess.run(command, cwd=ROOT, env=run.environment, timeout=left).returncode
+        code = subprocess.run(command, cwd=ROOT, env=run.environment, timeout=left + 30.0).returncode
     except subprocess.TimeoutExpired:
         return "failed", {"words": "ran out of time; what was measured is kept"}
-    return ("passed" if code == 0 else "failed"), {"words": "" if code == 0 else f"exit status {code}"}
+    document = json.loads(run.json_path.read_text())
+    figures, failed = document.get("figures", []), document.get("failed", {})
+    words = f"{len(figures)} figures, {len(failed)} cases failed, {len(document.get('left_out', []))} left out"
+    missed = sorted({each["case"] for each in figures if each.get("is_reached") is False})
+    words += f"; targets missed: {', '.join(missed)}" if missed and not run.options.dry_run else ""
+    is_done = code == 0 and figures
+    return ("passed" if is_done else "failed"), {"words": words if code in (0, 1) else f"exit status {code}; {words}"}
+
+
+def _tune(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return _benchmark(run, described, tunes=True)
 
 
 _STEPS: dict[str, Callable[[Run, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
     "environment": _environment,
     "import": _import,
     "conformance": _conformance,
-    "tests": _tests,
     "benchmark": _benchmark,
+    "tests": _tests,
+    TUNE: _tune,
 }
 
 
 def _print_summary(run: Run) -> None:
-    """A line a case: what to quote, with the target beside it."""
+    """A line a case: what to quote, with the target and the others of its rounds beside it."""
     figures = run.document.get("figures", [])
     if figures:
-        print(f"\n{'case':<58}{'ms':>10}{'rate':>17}{'of ceiling':>11}  target")
-    for figure in figures:
-        if figure["who"] != "pagedkv" and figure["case"] != "ceilings":
-            continue
-        name = figure["case"] if figure["who"] == "pagedkv" else figure["who"]
-        line = f"{name:<58}{figure['median_ms']:>10.4f}"
-        line += f"{figure['rate']:>9.1f} {figure['unit']:<7}" if "rate" in figure else " " * 17
-        line += f"{figure['share']:>11.1%}" if "share" in figure else " " * 11
-        if "target" in figure:
-            line += f"  {figure['target']}: {figure['reached']:.2f}{'' if figure['is_reached'] else ' MISSED'}"
-        print(line.rstrip())
+        print(f"\n{'case':<58}{'ms':>10}{'rate':>17}{'of ceiling':>11}  target; others, ms")
+    for name, of_case in itertools.groupby(figures, key=lambda figure: figure["case"]):
+        line, others = "", []
+        for figure in of_case:
+            is_ceiling = "rate" in figure and "share" not in figure
+            if name == "ceilings":
+                print(f"{figure['who']:<58}{_short(figure)}")
+            elif figure["who"] == "pagedkv":
+                line = f"{name:<58}{_short(figure)}"
+            elif not is_ceiling:
+                others.append(f"{figure['who']} {figure['median_ms']:.4f}")
+        if line:
+            print("; ".join([line, *others]))
     for name, words in run.document.get("failed", {}).items():
         print(f"{name:<58}  FAILED {words[:200]}")
+    failed = run.document["steps"].get("conformance", {}).get("failed", {})
     print()
+    for name, words in list(failed.items())[:_MOST_SHOWN]:
+        print(f"failed {name}: {words[:200]}")
+    if len(failed) > _MOST_SHOWN:
+        print(f"and {len(failed) - _MOST_SHOWN} more, in the results")
     for name, step in run.document["steps"].items():
-        print(f"{name:<14}{step['verdict']:<9}{step['seconds']:>7} s  {step.get('words', '')[:200]}".rstrip())
+        print(f"{name:<14}{step['verdict']:<9}{step['seconds']:>7} s  {step.get('words', '')[:400]}".rstrip())
+
+
+def _short(figure: dict[str, Any]) -> str:
+    words = f"{figure['median_ms']:>10.4f}"
+    words += f"{figure['rate']:>9.1f} {figure['unit']:<7}" if "rate" in figure else " " * 17
+    words += f"{figure['share']:>11.1%}" if "share" in figure else " " * 11
+    if "target" in figure:
+        words += f"  {figure['target']}: {figure['reached']:.2f}{'' if figure['is_reached'] else ' MISSED'}"
+    return f"{words}{'  WRONG' if 'wrong' in figure else ''}".rstrip()
 
 
 def _finished(command: list[str], timeout_s: float, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -351,36 +328,6 @@ def _finished(command: list[str], timeout_s: float, environment: dict[str, str])
     except subprocess.TimeoutExpired as error:
         said = [part.decode() if isinstance(part, bytes) else part or "" for part in (error.stdout, error.stderr)]
         return subprocess.CompletedProcess(command, 124, said[0], f"{said[1]}\nran out of time")
-
-
-class _Process:
-    """One that prints lines of JSON, and is killed after a time."""
-
-    def __init__(self, command: list[str], environment: dict[str, str], timeout_s: float) -> None:
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self._words: list[str] = []
-        self._reader = threading.Thread(target=lambda stream: self._words.extend(stream), args=(self._process.stderr,))
-        self._reader.start()
-        self._clock = threading.Timer(timeout_s, self._process.kill)
-        self._clock.start()
-        self.status = 0
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Those lines; sets the status when the process has ended."""
-        with self._process as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    yield json.loads(line)
-            self._reader.join()
-        self.status = process.returncode
-        self._clock.cancel()
-
-    def words(self) -> str:
-        """Its last ones."""
-        return "".join(self._words)[-500:].strip()
 
 
 def _last(done: subprocess.CompletedProcess[str], count: int = 600) -> str:

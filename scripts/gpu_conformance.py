@@ -35,7 +35,9 @@ def main() -> int:
         verdict = "passed" if report.passed else "failed" if report.failed else "not offered"
         words = (*report.failed.values(), *report.not_offered.values(), "")[0]
         is_broken = options.device != "cpu" and verdict == "failed" and _is_broken()
-        print(json.dumps({"case": str(case), "number": number, "verdict": verdict, "words": words[:800]}), flush=True)
+        # A compiler's error begins with where it is and ends with what it is.
+        words = words if len(words) <= 800 else f"{words[:400]} ... {words[-400:]}"
+        print(json.dumps({"case": str(case), "number": number, "verdict": verdict, "words": words}), flush=True)
         if is_broken:
             return BROKEN
     return 0
@@ -44,7 +46,7 @@ def main() -> int:
 def _is_broken() -> bool:
     try:
         torch.cuda.synchronize()
-    except RuntimeError:
+    except Exception:  # noqa: BLE001 - any error of the driver
         return True
     return False
 
