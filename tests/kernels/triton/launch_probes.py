@@ -1,5 +1,6 @@
 """Compiles what calls launch, for a GPU that is not there: `python launch_probes.py` prints a word for each, as JSON.
 
+The calls are those named here, and of the ops that move and turn tokens all conformance cases.
 Unlike the variants of the compile tests, the kernels are specialised by Triton's own launcher, from the arguments of
 the call: a number that is 1 becomes a constant, an absent tensor None, an address that is no multiple of 16 says so.
 """
@@ -28,7 +29,9 @@ driver.set_active(
 
 import pagedkv  # noqa: E402 (asks for the GPU)
 from pagedkv import RotaryEmbedding  # noqa: E402
-from pagedkv.kernels import backend, triton  # noqa: E402
+from pagedkv.kernels import backend, reference, triton  # noqa: E402
+from pagedkv.testing.conformance import conformance_cases  # noqa: E402
+from pagedkv.testing.conformance.report import run_cases  # noqa: E402
 
 compiled = []
 
@@ -41,6 +44,21 @@ run, JITFunction.run = JITFunction.run, compile_only
 triton._rejects = lambda call: None
 backend.unregister_backend("triton")
 triton.register()
+# The same, and then the result, so that a case of conformance that compiles passes.
+MOVING_OPS = ("store_kv", "rope_store_kv", "gather_kv", "copy_pages", "quantize_kv", "apply_rope", "merge_states")
+
+
+def compile_and_do(op):
+    compile_op = triton._loaded_at_first_call(op)
+
+    def run_op(*args):
+        compile_op(*args)
+        getattr(reference, op)(*args)
+
+    return run_op
+
+
+backend.register_backend("done", ops={op: compile_and_do(op) for op in MOVING_OPS}, priority=-300)
 
 BF16, F32, INT8, E4M3 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
 ROPE = RotaryEmbedding(32)
@@ -127,6 +145,9 @@ def main():
             words[name] = f"{type(error).__name__}: {error}"[-500:]
         else:
             words[name] = "compiled" if compiled else "launched nothing"
+    cases = list(conformance_cases(*MOVING_OPS))
+    report = run_cases(cases, "done", "cpu")
+    words |= {str(case): "compiled" for case in cases} | report.failed | report.not_offered
     print(json.dumps(words))
 
 
