@@ -61,12 +61,6 @@ def any_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "triton"])
-def table_backend(request: pytest.FixtureRequest) -> str:
-    """Each of them that takes the exponentials of a softmax from a table."""
-    return str(request.param)
-
-
 @pytest.fixture
 def smallest_calls() -> dict[str, Callable[..., Any]]:
     """Each op of the table by name, as a function that calls it on a few numbers; keywords are passed on."""

@@ -563,16 +563,16 @@ def test_default_device_and_dtype_change_nothing(on_host):
 # The table of exponentials.
 
 
-def test_softmax_by_table(table_backend):
+def test_softmax_by_table(any_backend):
     """The bits of `paged_attention` with the same table, on the pages of the one KV head."""
     world = make_world(num_heads=1)
     cache, query, seq_lens = world.cache, torch.randn(3, 4, 8), int32(21, 6, 9)
     table = pagedkv.PageTable.from_dense(cache.table.host[:, 0].contiguous(), seq_lens, 4)
     plan = pagedkv.plan_attention(int32(0, 1, 2, 3), table, num_q_heads=4, num_kv_heads=1, head_dim=8)
     pages = cache.key_pages[:, :, None], cache.value_pages[:, :, None]
-    by_table = tile_attention(query, cache, seq_lens, softmax="lut", backend=table_backend)
-    assert same_bits(by_table, pagedkv.paged_attention(query, *pages, plan, softmax="lut", backend=table_backend))
-    assert not torch.equal(by_table, tile_attention(query, cache, seq_lens, backend=table_backend))
+    by_table = tile_attention(query, cache, seq_lens, softmax="lut", backend=any_backend)
+    assert same_bits(by_table, pagedkv.paged_attention(query, *pages, plan, softmax="lut", backend=any_backend))
+    assert not torch.equal(by_table, tile_attention(query, cache, seq_lens, backend=any_backend))
 
 
 # What is refused.

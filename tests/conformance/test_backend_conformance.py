@@ -23,7 +23,7 @@ def cases_of(op, *words):
 NOT_OFFERED = {
     "reference": set(),
     "cpu": {*cases_of("apply_rope"), "paged_attention-widths-7-5", "mla_attention-widths-7-3"},
-    "triton": cases_of("paged_attention", "softmax-table"),
+    "triton": set(),
     "toy": {
         *cases_of("apply_rope"),
         *cases_of("rope_store_kv"),

@@ -12,5 +12,5 @@ def test_every_case_passes_on_the_device(device, op, monkeypatch):
     monkeypatch.setenv("PAGEDKV_DEBUG", "1")
     report = run_conformance("triton", device=device, ops=[op])
     assert not report.failed, str(report)
-    assert all("exp_table" in reason for reason in report.not_offered.values()), str(report)
+    assert not report.not_offered, str(report)
     assert report.passed

@@ -12,13 +12,13 @@ from ..shapes import check_floating, check_int
 from .attention_checks import as_float32
 from .kept_tensors import kept_tensors
 
-__all__ = ["ExpTable", "ExpTensors", "check_softmax"]
+__all__ = ["VANISHED", "ExpTable", "ExpTensors", "check_softmax"]
 
 _MOST_ENTRIES = 2**20
 # Below it there would be more powers than entries.
 _SHORTEST = 2.0**-10
 # e^-104 is below half of the smallest float32 above 0.
-_VANISHED = 104.0
+VANISHED = 104.0
 _SMALLEST_NORMAL = -math.log(torch.finfo(torch.float32).tiny)
 
 
@@ -55,8 +55,8 @@ class ExpTable:
             raise ValueError(f"num_entries must be at most {_MOST_ENTRIES}, got {self.num_entries}.")
         # Own types: numpy's would go on computing in theirs.
         object.__setattr__(self, "max_distance", float(as_float32("max_distance", self.max_distance)))
-        if not _SHORTEST <= self.max_distance <= _VANISHED:
-            raise ValueError(f"max_distance must be from {_SHORTEST} to {_VANISHED:g}, got {self.max_distance}.")
+        if not _SHORTEST <= self.max_distance <= VANISHED:
+            raise ValueError(f"max_distance must be from {_SHORTEST} to {VANISHED:g}, got {self.max_distance}.")
 
     @property
     def max_relative_error(self) -> float:
@@ -87,7 +87,7 @@ class ExpTable:
         below = place.floor().clamp(max=self.num_steps - 1)
         low, high = entries[below.long()], entries[below.long() + 1]
         result = (low + (place - below) * (high - low)) * powers[ranges.long()]
-        result = torch.where(x < -_VANISHED, 0.0, result)
+        result = torch.where(x < -VANISHED, 0.0, result)
         return torch.where(x.isnan(), torch.nan, result)
 
 
@@ -106,7 +106,7 @@ def check_softmax(softmax: object) -> ExpTable | None:
 def _tensors(num_entries: int, max_distance: float, device: str) -> ExpTensors:
     step = max_distance / (num_entries - 1)
     entries = torch.exp(-step * torch.arange(num_entries, dtype=torch.float64, device="cpu"))
-    num_powers = int(_VANISHED / max_distance) + 2
+    num_powers = int(VANISHED / max_distance) + 2
     powers = torch.exp(-max_distance * torch.arange(num_powers, dtype=torch.float64, device="cpu"))
     powers[-1] = 0
     return ExpTensors(entries.float().to(device), powers.float().to(device))

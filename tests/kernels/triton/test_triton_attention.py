@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ from pagedkv.testing.numeric import assert_attention_close
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from pagedkv.kernels.triton import attention_work, paged_attention_form
 from pagedkv.kernels.triton import paged_attention as launcher
+from pagedkv.kernels.triton.exp_table_kernel import exp_by_table
 
 
 def batch(query_lens, seq_lens, *, dtype=torch.float32, heads=(2, 1), dim=16, page_size=16, **rules):
@@ -126,6 +131,70 @@ def test_infinite_values_that_all_rows_see_stay_infinite_in_float32():
     out = attend(query, key_pages, value_pages, plan, out_dtype=torch.float32).out
     assert (out[..., 2] == math.inf).all()
     assert out[..., [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("seq_len", [64, 57, 700], ids=["all-see-it", "edge", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2, torch.bfloat16, torch.float32])
+def test_infinite_values_show_however_small_their_weight_is(dtype, seq_len):
+    """e^-40 is 0 as float16, in which the product of these weights and values may be, and above 0 in float32."""
+    query, key_pages, value_pages, plan = batch([1], [seq_len], page_size=64)
+    key_pages[:], query[:] = 0.0, 1.0
+    last = plan.page_indices[-1], (seq_len - 1) % 64, 0
+    key_pages[last], value_pages[last] = -2.5, torch.tensor([0.0, math.inf, -math.inf, math.nan] * 4)
+    arguments = (query, key_pages, value_pages) if dtype.itemsize == 4 else (query.half(), key_pages, value_pages)
+    arguments = [arguments[0], *(pages.to(dtype) for pages in arguments[1:]), plan]
+    for out_dtype in (torch.float32, torch.float16):
+        options = {"sm_scale": 1.0, "out_dtype": out_dtype}
+        state = attend(*arguments, **options)
+        exact = pagedkv.paged_attention(*arguments, return_lse=True, backend="reference", **options)
+        assert (exact.out[..., 1::4] == math.inf).all()
+        torch.testing.assert_close(state.out, exact.out, equal_nan=True)
+        torch.testing.assert_close(state.lse, exact.lse)
+
+
+def test_a_nan_logit_shows_beside_infinite_values():
+    query, key_pages, value_pages, plan = batch([2], [64], dtype=torch.float16, page_size=64)
+    value_pages[0, 7, 0, 2] = math.inf
+    key_pages[0, 63] = math.nan
+    state = attend(query, key_pages, value_pages, plan)
+    assert state.out[0][:, [0, 1, 3]].isfinite().all()
+    assert (state.out[0, :, 2] == math.inf).all()
+    assert state.out[1].isnan().all()
+    assert state.lse[1].isnan().all()
+
+
+@pytest.mark.parametrize("table", [pagedkv.ExpTable(), pagedkv.ExpTable(3, 1.0)], ids=["default", "coarse"])
+@pytest.mark.parametrize("query_len", [1, 40, 70])
+def test_weights_by_a_table_in_tiles_of_each_height_and_in_chunks(table, query_len):
+    tensors = batch([query_len, 1], [query_len + 30, 700], dtype=torch.bfloat16, heads=(4, 2), dim=32)
+    options = {"softmax": table, "sm_scale": 2.0, "sinks": torch.tensor([0.5, -math.inf, 3.0, 60.0])}
+    assert attention_work.work_of(tensors[3]).merges.shape[0] > 0, "the case must be cut into chunks"
+    assert_attention_close(attend(*tensors, **options), *tensors, **options)
+
+
+class TableForm(NamedTuple):
+    table_steps: int
+    steps_per_unit: float
+
+
+@triton.jit
+def exponentials(X, Out, Entries, Powers, FORM: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(Out + at, exp_by_table(tl.load(X + at), Entries, Powers, FORM))
+
+
+@pytest.mark.parametrize("table", [pagedkv.ExpTable(), pagedkv.ExpTable(2, 104.0), pagedkv.ExpTable(5, 2.0**-10)])
+def test_the_table_reads_as_exp_table_exp(table):
+    """Numbers above 0 too: where a GPU fuses a product with the subtraction, large logits leave some."""
+    ends = [0.0, -0.0, 1e-3, 4e8, math.inf, -103.9999, -104.0, -104.00001, -1e30, -math.inf, math.nan]
+    points = torch.linspace(-103, 0, 1024 - len(ends))
+    x = torch.cat([torch.tensor(ends), points])
+    out = torch.empty_like(x)
+    form = TableForm(table.num_steps, table.num_steps / table.max_distance)
+    exponentials[(1,)](x, out, *table.tensors(), FORM=form, SIZE=1024)
+    torch.testing.assert_close(out, table.exp(x), rtol=table.max_relative_error, atol=0.0, equal_nan=True)
+    assert out[: len(ends) - 1][2:5].tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(out == 0, table.exp(x) == 0)
 
 
 def test_rows_of_no_key_in_a_custom_mask_and_in_a_batch_of_no_tokens():

@@ -71,8 +71,6 @@ def _unavailable() -> str | None:
 def _rejects(call: OpCall) -> str | None:
     if call.device_type != _DEVICE_TYPE:
         return f"tensors are on {call.device_type}"
-    if "exp_table" in call.features:
-        return "it has no exp_table"
     return None
 
 

@@ -67,6 +67,7 @@ def _launch(
     if key_pages.dtype.itemsize == 1 and key_pages.dtype != torch.int8:
         key_pages, value_pages = key_pages.view(torch.uint8), value_pages.view(torch.uint8)
     key_scales, value_scales = options.key_scales, options.value_scales
+    exp_tensors = (None, None) if options.exp_table is None else options.exp_table.tensors(query.device)
     num_programs = items.shape[0] * plan.num_kv_heads * (form.height // form.block_m)
     attend_tile[(num_programs,)](
         query,
@@ -84,6 +85,7 @@ def _launch(
         options.sinks,
         options.alibi_slopes,
         options.rope_table,
+        *exp_tensors,
         out,
         lse,
         sums,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..attention_options import AttentionOptions
 from ..attention_plan import AttentionPlan
+from ..exp_table import ExpTable
 from .attention_work import tile_heights
 from .paged_attention_kernel import attend_tile
 from .runtime import has_e4m3
@@ -30,7 +31,8 @@ _PLAIN_SCALES = 1e-3, 1e30
 class Call(NamedTuple):
     """What of a call decides how the kernel is specialised: equal for the layers of a model and most of its steps.
 
-    is_natural: as of `Form`. rope_dim: 0 for no rotation.
+    is_natural: as of `Form`. rope_dim: 0 for no rotation. table_steps, steps_per_unit: of the table of exponentials,
+    0 without one.
     """
 
     query_dtype: torch.dtype
@@ -48,6 +50,8 @@ class Call(NamedTuple):
     is_natural: bool
     rope_dim: int
     is_interleaved: bool
+    table_steps: int
+    steps_per_unit: float
 
     @classmethod
     def of(
@@ -61,6 +65,8 @@ class Call(NamedTuple):
         """That of a plan and options, whose tensors are present or not."""
         low, high = _PLAIN_SCALES
         has_cap = options.soft_cap > 0
+        table = options.exp_table
+        has_rule = has_cap or options.alibi_slopes is not None or table is not None
         return cls(
             query_dtype=query_dtype,
             page_dtype=page_dtype,
@@ -74,9 +80,11 @@ class Call(NamedTuple):
             has_mask=plan.custom_mask is not None,
             has_cap=has_cap,
             has_value_scales=options.value_scales is not None,
-            is_natural=has_cap or options.alibi_slopes is not None or not low <= options.sm_scale <= high,
+            is_natural=has_rule or not low <= options.sm_scale <= high,
             rope_dim=0 if options.rope_table is None else 2 * options.rope_table.shape[1],
             is_interleaved=options.rope_interleaved,
+            table_steps=0 if table is None else table.num_steps,
+            steps_per_unit=0.0 if table is None else table.num_steps / table.max_distance,
         )
 
 
@@ -90,7 +98,8 @@ class Form(NamedTuple):
     rest_d; for the last, block_d columns of q and keys are loaded at a time.
     value_dtype, num_parts, weight_scale: of the product of weights and values; weights are the sum of so many numbers.
     is_natural: logits are scaled before anything else; otherwise the maximum is that of q.k, and sm_scale is positive.
-    rope_dim: 0 for no rotation. heads_outer: tiles side by side are of one head, not of one item.
+    rope_dim, table_steps, steps_per_unit: as of `Call`.
+    heads_outer: tiles side by side are of one head, not of one item.
     height: rows of an item; block_m of them are one program's. block_n: keys of a block that all its rows see, edge_n:
     of others; a page of a multiple of these is read as one piece. edge_stages: of the loop over the others.
     """
@@ -111,6 +120,8 @@ class Form(NamedTuple):
     is_natural: bool
     rope_dim: int
     is_interleaved: bool
+    table_steps: int
+    steps_per_unit: float
     heads_outer: bool
     height: int
     block_m: int
@@ -152,6 +163,8 @@ def form_of(kind: int, target: str, call: Call) -> tuple[Form, Launch]:
         is_natural=call.is_natural,
         rope_dim=call.rope_dim,
         is_interleaved=call.is_interleaved,
+        table_steps=call.table_steps,
+        steps_per_unit=call.steps_per_unit,
         heads_outer=kind == 2,
         **tile,
     )
@@ -188,7 +201,7 @@ def _tile(
     block_v = max(triton.next_power_of_2(call.value_dim), 16)
     is_float32 = query_as == "float32" or value_dtype == tl.float32
     if query_as == "float32":
-        most = 32 if call.rope_dim else 64
+        most = 32 if call.rope_dim or call.table_steps or widest > 256 else 64
         block_d, rest_d = min(max(triton.next_power_of_2(call.head_dim), 16), most), 0
     else:
         block_d, rest_d = _split(call.head_dim)
@@ -201,15 +214,21 @@ def _tile(
         block_m = min(height, 32 if widest <= 128 else 16)
         block_n, num_warps, num_stages = 32 if widest <= 256 else 16, 8, 1
         edge_n = 32 if widest <= 128 else 16
+        if value_dtype != tl.float32 and widest <= 128 and not call.rope_dim:
+            block_m, num_warps = 16, 4  # with twice as many of both ptxas keeps to 80 registers and spills
     elif kind == 0:
         block_m, num_warps = height, 4
         block_n, num_stages = 64 if widest <= 128 else 32, 4 if call.page_dtype.itemsize == 1 else 3
         edge_n = 32 if widest <= 128 else 16
     elif widest > 128:
         block_m, block_n, num_warps, num_stages = height, 32, 8, 2
+        if is_tight:
+            block_m, num_warps = 32, 4
     else:
         block_m, block_n, num_warps, num_stages = height, 64, 4 if kind == 1 else 8, 3 if has_much_memory else 2
         edge_n = 32 if widest <= 64 else 16
+        if target == "cuda:80" and (call.page_size % block_n or not call.causal):
+            block_m, block_n = 64, 32  # a page for each key takes registers
         if is_tight:
             block_n = 32
             if not has_much_memory:
@@ -224,8 +243,13 @@ def _tile(
     edge_n, edge_stages = min(edge_n, block_n), 1
     if call.has_mask:  # all blocks have masks
         if kind > 0 and not is_float32:
-            block_m, block_n, edge_n, num_warps = min(block_m, 64), 32, 32, 8
+            block_m, block_n, edge_n, num_warps = min(block_m, 64 if has_much_memory else 32), 32, 32, 8
         block_n, edge_stages = edge_n, num_stages
+    if call.table_steps:
+        # Each weight takes three loads, whose addresses take registers and follow from a product: none can be early.
+        block_m, block_n, num_stages, edge_stages = 16, min(block_n, 32), 1, 1
+        num_warps = 4 if widest <= 128 else 8
+        edge_n = min(edge_n, block_n)
     tile = {
         "height": height,
         "block_m": block_m,
@@ -277,7 +301,7 @@ def compile_variants() -> list[Variant]:
     # Name: kinds of tiles, dtypes of query, pages and out, plan, options.
     cases: dict[str, tuple[str, tuple[torch.dtype, ...], dict[str, Any], dict[str, Any]]] = {
         "bf16": ("012", (bf16, bf16, bf16), {}, {}),
-        "f16-small-pages": ("0", (f16, f16, f16), {"page_size": 16}, {}),
+        "f16-small-pages": ("02", (f16, f16, f16), {"page_size": 16}, {}),
         "f32": ("0", (f32, f32, f32), {}, {}),
         "int8-scales": ("02", (bf16, int8, bf16), {}, scaled),
         "e4m3": ("02", (bf16, e4m3, bf16), {}, {}),
@@ -288,9 +312,15 @@ def compile_variants() -> list[Variant]:
         "192-128": ("2", (bf16, bf16, bf16), {"head_dim": 192}, {}),
         "80": ("0", (f16, f16, f16), {"head_dim": 80, "value_dim": 80, "page_size": 3}, {}),
         "out-f32": ("02", (bf16, bf16, f32), {}, {}),
+        "out-f32-256": ("2", (f16, f16, f32), wide, {}),
         "window-cap": ("2", (bf16, bf16, bf16), {"window_left": 100}, {"soft_cap": 30.0}),
         "mask-alibi": ("0", (bf16, bf16, bf16), {"custom_mask": table}, {"alibi_slopes": table, "sinks": table}),
         "rope": ("0", (bf16, bf16, bf16), {}, {"rope_table": torch.empty(1, 64, 2)}),
+        "f32-of-bf16": ("02", (f32, bf16, f32), {}, {}),
+        "f32-of-int8-scales": ("02", (f32, int8, f32), {}, scaled),
+        "f32-of-bf16-512": ("0", (f32, bf16, f32), {"head_dim": 576, "value_dim": 512}, {}),
+        "exp-table": ("02", (bf16, bf16, bf16), {}, {"exp_table": ExpTable()}),
+        "exp-table-f32-of-e4m3": ("0", (f32, e4m3, f32), {}, {**scaled, "exp_table": ExpTable()}),
     }
     return [
         _variant(f"attention-{name}-{_TILE_NAMES[int(kind)]}-{target}", int(kind), target, dtypes, plan, options)
@@ -319,6 +349,8 @@ def _variant(
     integers = ("Items", "QueryIndptr", "PageIndptr", "PageIds", "SeqLens")
     floats = {"Sinks": options.sinks, "Slopes": options.alibi_slopes, "RopeTable": options.rope_table}
     floats |= {"KeyScales": options.key_scales, "ValueScales": options.value_scales}
+    entries, powers = (None, None) if options.exp_table is None else options.exp_table.tensors()
+    floats |= {"ExpEntries": entries, "ExpPowers": powers}
     pointers = dict(zip(("Query", "Keys", "Values", "Out"), (_NAMES[dtypes[i]] for i in (0, 1, 1, 2)), strict=True))
     pointers |= dict.fromkeys(integers, "*i32") | dict.fromkeys(("Lse", "Sums", "Stats"), "*fp32")
     pointers |= {name: "*fp32" for name, given in floats.items() if given is not None}

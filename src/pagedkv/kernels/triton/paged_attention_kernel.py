@@ -17,6 +17,7 @@ from .attention_logits import (
     token_rows,
     turned_tile,
 )
+from .exp_table_kernel import exp_by_table
 from .language import LOG2E
 
 __all__ = ["attend_tile"]
@@ -39,6 +40,8 @@ def attend_tile(
     Sinks,
     Slopes,
     RopeTable,
+    ExpEntries,
+    ExpPowers,
     Out,
     Lse,
     Sums,
@@ -175,7 +178,7 @@ def attend_tile(
         value_scale_page,
         value_scale_token,
     )
-    options = (Query, Slopes, RopeTable, soft_cap)
+    options = (Query, Slopes, RopeTable, ExpEntries, ExpPowers, soft_cap)
     if Mask is None:
         blocks = (full, num_full, 0, 0, stop)
         state = _attend_keys(
@@ -184,7 +187,15 @@ def attend_tile(
     blocks = (start, num_edges, num_before, after - full, stop)
     state = _attend_keys(state, blocks, tile, sight, key_pages, value_pages, scales, options, FORM, FORM.edge_n, True)
     highest, total, acc, num_infinite = state
+    MAY_VANISH: tl.constexpr = FORM.value_dtype == tl.float16 and (KIND == "number" or KIND == "e5m2")
+    if MAY_VANISH:
+        # Weights of float32 that are 0 as float16 made NaN of the infinite values that all rows see.
+        num_infinite += tl.max(tl.where(acc != acc, 1, 0))
+        blocks = (start, tl.cdiv(tl.maximum(stop - start, 0), FORM.edge_n), 0, 0, stop)
     if KIND != "integer" and num_infinite > 0:
+        if MAY_VANISH:
+            # That of a logit stays: it is in the sum of weights, too.
+            acc = tl.where(acc != acc, 0.0, acc)
         acc = _mark_values(acc, blocks, sight, value_pages, FORM)
 
     if not FORM.is_natural:
@@ -244,7 +255,7 @@ def _attend_keys(
     Values, value_page, value_token = value_pages[1], value_pages[2], value_pages[3]
     KeyScales, key_scale_head, key_scale_page, key_scale_token = scales[0], scales[1], scales[2], scales[3]
     ValueScales, value_scale_head, value_scale_page, value_scale_token = scales[4], scales[5], scales[6], scales[7]
-    Query, Slopes, RopeTable, soft_cap = options
+    Query, Slopes, RopeTable, ExpEntries, ExpPowers, soft_cap = options
     KIND: tl.constexpr = FORM.page_kind
     VALUE_DTYPE: tl.constexpr = FORM.value_dtype
     columns = tl.arange(0, FORM.block_d)
@@ -314,7 +325,9 @@ def _attend_keys(
         # A row that has seen nothing: exp(-inf - -inf) would be NaN.
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         decay = tl.exp2((highest - base) * factor)
-        if FORM.query_as == "float16" and not FORM.is_natural:
+        if FORM.table_steps > 0:
+            weights = exp_by_table(logits - base[:, None], ExpEntries, ExpPowers, FORM)
+        elif FORM.query_as == "float16" and not FORM.is_natural:
             weights = tl.exp2((logits - base[:, None]) * factor[:, None])
         else:
             weights = tl.exp2((logits - base[:, None]) * factor)
@@ -354,7 +367,7 @@ def _visible(keys, stop, sight, FORM: tl.constexpr):
 
 @triton.jit
 def _mark_values(acc, blocks, sight, value_pages, FORM: tl.constexpr):
-    """acc with what it is where rows see a value of the edges that is NaN or infinite."""
+    """acc with what it is where rows see a value of these blocks that is NaN or infinite."""
     BLOCK: tl.constexpr = 16
     KIND: tl.constexpr = FORM.page_kind
     first, num_blocks, jump_after, jump, stop = blocks
