@@ -38,7 +38,8 @@ TUNE = "tune"
 # Of the time that is left when a step begins, how much it may take.
 _SHARES = {"environment": 0.2, "import": 0.2, "conformance": 0.45, "benchmark": 0.75, "tests": 0.97, TUNE: 0.97}
 # Older ones lack what kernels and the interpreter's corrections are written for.
-_OLDEST_TRITON = (3, 6)
+_OLDEST_TRITON = (3, 4)
+_OLDEST_INTERPRETER = (3, 6)  # that the corrections are for
 
 _MOST_PROCESSES = 16
 _MOST_SHOWN = 25
@@ -179,8 +180,11 @@ def _environment(run: Run, described: dict[str, Any]) -> tuple[str, dict[str, An
     missing = [name for name in needed if not described.get(name)]
     words = f"missing: {', '.join(missing)}. {described.get('words', '')}".strip() if missing else ""
     version = tuple(int(number) for number in re.findall(r"\d+", described["triton"] or "")[:2])
-    if version and version < _OLDEST_TRITON:
-        words = f"triton {described['triton']} is too old: kernels need 3.6, and some may not compile. {words}".strip()
+    oldest = _OLDEST_INTERPRETER if run.options.dry_run else _OLDEST_TRITON
+    if version and version < oldest:
+        words = (
+            f"triton {described['triton']} is too old, at least {'.'.join(map(str, oldest))} is needed. {words}".strip()
+        )
     return ("failed" if words else "passed"), {**described, "words": words}
 
 

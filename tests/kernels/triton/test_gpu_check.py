@@ -69,10 +69,20 @@ def test_without_a_gpu_the_script_says_so(tmp_path):
     assert "missing: gpu" in done.stdout
 
 
-@pytest.mark.parametrize("version, is_right", [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
-def test_an_old_triton_is_named(gpu_check, version, is_right):
-    run = SimpleNamespace(options=SimpleNamespace(dry_run=True))
-    verdict, details = gpu_check._environment(run, {"torch": "2.6.0", "numpy": "2.0.0", "triton": version})
+@pytest.mark.parametrize(
+    "version, dry_run, is_right",
+    [
+        ("3.5.1", True, False),
+        ("3.6.0", True, True),
+        ("3.10.0+git1", True, True),
+        ("3.5.1", False, True),
+        ("3.3.1", False, False),
+    ],
+)
+def test_an_old_triton_is_named(gpu_check, version, dry_run, is_right):
+    run = SimpleNamespace(options=SimpleNamespace(dry_run=dry_run))
+    there = dict.fromkeys(("gpu", "C compiler", "Python.h"), "there")
+    verdict, details = gpu_check._environment(run, {"torch": "2.6.0", "numpy": "2.0.0", "triton": version, **there})
     assert (verdict == "passed") is is_right
     assert ("too old" in details["words"]) is not is_right
 

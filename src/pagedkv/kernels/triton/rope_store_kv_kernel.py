@@ -115,12 +115,12 @@ def rope_store_tokens(
     Key += (token * stride_key_token)[:, None]
     Key_pages += (page * stride_key_page + offset * stride_key_offset)[:, None]
     for head in range(start, tl.minimum(stop, num_kv_heads)):
-        head = tl.cast(head, tl.int64)
-        rows, pages = Key + head * stride_key_head, Key_pages + head * stride_key_page_head
+        kv_head = tl.cast(head, tl.int64)
+        rows, pages = Key + kv_head * stride_key_head, Key_pages + kv_head * stride_key_page_head
         if CODES == 0:
             rotate_rows(rows, pages, stored, cos, sin, DIM, HALF, BLOCK_REST, IS_INTERLEAVED)
         else:
-            scale_at = page * stride_key_scale_page + offset * stride_key_scale_offset + head * stride_key_scale_head
+            scale_at = page * stride_key_scale_page + offset * stride_key_scale_offset + kv_head * stride_key_scale_head
             scales = _rotate_to_codes(rows, pages, stored, cos, sin, DIM, HALF, BLOCK_REST, IS_INTERLEAVED, CODES)
             tl.store(Key_scales + scale_at, scales, mask=is_stored)
 
@@ -130,16 +130,16 @@ def rope_store_tokens(
     column = tl.arange(0, BLOCK_VALUE)[None, :]
     is_value = stored & (column < VALUE_DIM)
     for head in range(start, stop):
-        head = tl.cast(head, tl.int64)
-        pages = Value_pages + head * stride_value_page_head + column
-        values = tl.load(Value + head * stride_value_head + column, mask=is_value, other=0.0)
+        kv_head = tl.cast(head, tl.int64)
+        pages = Value_pages + kv_head * stride_value_page_head + column
+        values = tl.load(Value + kv_head * stride_value_head + column, mask=is_value, other=0.0)
         if CODES == 0:
             tl.store(pages, values, mask=is_value)
         else:
             scale_at = page * stride_value_scale_page + offset * stride_value_scale_offset
             codes, scales = quantize_tile(values.to(tl.float32), CODES)
             tl.store(pages, codes, mask=is_value)
-            tl.store(Value_scales + scale_at + head * stride_value_scale_head, scales, mask=is_stored)
+            tl.store(Value_scales + scale_at + kv_head * stride_value_scale_head, scales, mask=is_stored)
 
 
 @triton.jit
