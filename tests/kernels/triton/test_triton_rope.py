@@ -180,6 +180,14 @@ def test_the_last_token_of_a_slot_wins_among_many(
     assert_as_the_reference(a_call(60, slot_mapping, codes=codes))
 
 
+@pytest.mark.parametrize("num_tokens", [1025, 2049, 5000])
+def test_one_slot_of_more_tokens_than_a_tile_has(num_tokens):
+    x, positions = torch.randn(num_tokens, 1, 8), torch.arange(num_tokens)
+    pages = torch.zeros(2, 1, 16, 1, 8)
+    pagedkv.rope_store_kv(x, x, x, positions, RotaryEmbedding(8), *pages, positions * 0 + 5, backend="triton")
+    assert torch.equal(pages[1, 0, 5], x[-1])
+
+
 @pytest.mark.parametrize("stale", [-1, 0, 5, 10**6])
 def test_whatever_claims_held_before_does_not_matter(stale, few_that_look_ahead, monkeypatch):
     class Torch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..reference.rope_store_kv import rope_store_kv_by
+from .. import reference
 from .store_kv import store_kv
 
 __all__ = ["rope_store_kv"]
@@ -12,4 +12,4 @@ __all__ = ["rope_store_kv"]
 
 def rope_store_kv(*call: Any) -> None:
     """As in plain torch, but for the store; the core checks the slots before it writes."""
-    rope_store_kv_by(store_kv, *call)
+    reference.rope_store_kv(*call, store=store_kv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -11,16 +10,10 @@ from ..rope import RotaryEmbedding
 from .rope import cos_sin, rotate
 from .store_kv import store_kv
 
-__all__ = ["rope_store_kv", "rope_store_kv_by"]
+__all__ = ["rope_store_kv"]
 
 
-def rope_store_kv(*call: Any) -> None:
-    """The arguments of `rope_store_kv_by` after its first."""
-    rope_store_kv_by(store_kv, *call)
-
-
-def rope_store_kv_by(
-    store: Callable[..., None],
+def rope_store_kv(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -32,6 +25,8 @@ def rope_store_kv_by(
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    store: Callable[..., None] = store_kv,
 ) -> None:
     """Pages in NHD order, scales [N, Hk, P]; fills out; everything but the slots is checked, which `store` does."""
     cos, sin = cos_sin(positions, rope)

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = ["module_for", "register"]
 # As it was at the import: what the table says of this back end must not change while the process runs.
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICE_TYPE = "cpu" if _IS_INTERPRETED else "cuda"
+_CHANGED = "TRITON_INTERPRET was changed between the imports of Triton and of pagedkv"
 
 _OPS = (
     "store_kv",
@@ -52,7 +54,8 @@ def register() -> None:
 
 def module_for(device: torch.device, name: str) -> Any | None:
     """The file `name` of this back end, which loads Triton, or None on a device that it does not serve."""
-    return importlib.import_module(f".{name}", __name__) if device.type == _DEVICE_TYPE and _is_installed() else None
+    serves = device.type == _DEVICE_TYPE and _is_installed() and _is_as_imported()
+    return importlib.import_module(f".{name}", __name__) if serves else None
 
 
 @functools.cache
@@ -60,9 +63,18 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _is_as_imported() -> bool:
+    """Whether Triton, which this loads, found TRITON_INTERPRET as this file did."""
+    runtime = importlib.import_module(".runtime", __name__)
+    return bool(runtime.IS_INTERPRETED == _IS_INTERPRETED)
+
+
 def _unavailable() -> str | None:
     if not _is_installed():
         return "triton is not installed (pip install triton)"
+    if "triton" in sys.modules and not _is_as_imported():
+        return _CHANGED
     if not _IS_INTERPRETED and not torch.cuda.is_available():
         return "there is no GPU here, and TRITON_INTERPRET is not 1"
     return None
@@ -79,6 +91,8 @@ def _loaded_at_first_call(op: str) -> Callable[..., None]:
 
     def run(*args: Any) -> None:
         if not functions:
+            if not _is_as_imported():
+                raise RuntimeError(f"{_CHANGED}.")
             functions.append(getattr(importlib.import_module(f".{_FILES.get(op, op)}", __name__), op))
         functions[0](*args)
 

@@ -19,8 +19,8 @@ from .variant import Variant
 
 __all__ = ["compile_variants", "rope_store_kv"]
 
-# Pairs of tokens that a program compares in one step.
-_COMPARED = 2048
+# Pairs of tokens that a program compares in one step. Interpreted, it costs by its steps, not by their size.
+_COMPARED = 2**17 if runtime.IS_INTERPRETED else 2048
 _HOW = {LOOKS_AHEAD.value: "looks-ahead", CLAIMS.value: "claims", SETS_RIGHT.value: "sets-right"}
 
 
@@ -126,7 +126,7 @@ def _constexprs(
         "BLOCK_VALUE": triton.next_power_of_2(max(value_dim, 1)),
         "PAGE_SIZE": pages.shape[1],
         "CODES": codes_of(pages.dtype, has_e4m3) if has_scales else 0,
-        "SCAN": min(_COMPARED // tile.BLOCK_TOKENS, 512),
+        "SCAN": max(min(_COMPARED // tile.BLOCK_TOKENS, 512), 1),
     }
 
 
